@@ -1,0 +1,11 @@
+"""fastmeta: exact, batched meta-gradients for PyTorch from hand-written kernels.
+
+Importing this package is cheap: it initialises no device, starts no compiler, reaches no
+network, and loads neither plotting nor image libraries.
+"""
+
+from __future__ import annotations
+
+from fastmeta._version import __version__
+
+__all__ = ["__version__"]
