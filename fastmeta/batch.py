@@ -185,13 +185,13 @@ tensor of shape [3, 5, 1]
             batch = value
         else:
             batch = _from_tuple(value)
-        _check(batch)
-        object.__setattr__(batch, "_checked", True)
-        return batch
+        if not _plainly_right(batch):
+            _check(batch)
+        return trusted(batch)
 
     def _derived(self, batch: TaskBatch) -> TaskBatch:
         if self._checked:  # moving or slicing along tasks keeps what was checked
-            object.__setattr__(batch, "_checked", True)
+            trusted(batch)
         return batch
 
 
@@ -219,6 +219,46 @@ def _examples(value: Any) -> Examples:
     if isinstance(value, (tuple, list)) and len(value) == 2:
         return Examples(value[0], value[1])
     raise type_error(_OP, "the batch", _FORMS, f"a pair with {describe(value)} in it")
+
+
+def trusted(batch: TaskBatch) -> TaskBatch:
+    """Mark a batch as checked: for task sources, whose batches are right by construction."""
+    object.__setattr__(batch, "_checked", True)
+    return batch
+
+
+def _plainly_right(batch: TaskBatch) -> bool:
+    """Whether the batch is right and of the simplest kind; False says nothing.
+
+    Four tensors handed over at each step of someone's own loop are worth a short way through:
+    `_check` says the same, names what is wrong, and takes five times as long.
+    """
+    support, query = batch.support, batch.query
+    if not (type(support) is Examples and type(query) is Examples):
+        return False
+    xs, ys, xq, yq = support.x, support.y, query.x, query.y
+    tensors = (
+        isinstance(xs, Tensor)
+        and isinstance(ys, Tensor)
+        and isinstance(xq, Tensor)
+        and isinstance(yq, Tensor)
+    )
+    if not tensors or batch.classes is not None or batch.task_id is not None:
+        return False
+    if not (support.weight is support.index is query.weight is query.index is None):
+        return False
+    a, b, c, d = tuple(xs.shape), tuple(ys.shape), tuple(xq.shape), tuple(yq.shape)
+    return (
+        min(len(a), len(b), len(c), len(d)) >= 2
+        and a[0] == b[0] == c[0] == d[0] > 0
+        and a[1] == b[1] > 0
+        and c[1] == d[1] > 0
+        and a[2:] == c[2:]
+        and b[2:] == d[2:]
+        and xs.dtype is xq.dtype
+        and ys.dtype is yq.dtype
+        and xs.device == ys.device == xq.device == yq.device
+    )
 
 
 def _check(batch: TaskBatch) -> None:
