@@ -152,7 +152,10 @@ def uniform(
     """Uniform numbers in ``[0, 1)``.
 
     Args:
-        seed, step, index, stream: as in :func:`bits`; index ``[T]``.
+        seed: which run.
+        step: which meta-batch.
+        index: ``[T]``: which tasks of it.
+        stream: which purpose.
         n: draws for each task, a number or a shape.
         dtype: float32 (multiples of 2**-24) or float64 (multiples of 2**-53); the float32 draw is
             the float64 draw rounded down.
@@ -183,7 +186,10 @@ def integers(
     2**-64.
 
     Args:
-        seed, step, index, stream: as in :func:`bits`; index ``[T]``.
+        seed: which run.
+        step: which meta-batch.
+        index: ``[T]``: which tasks of it.
+        stream: which purpose.
         n: draws for each task, a number or a shape.
         high: the bound, in ``[1, 2**31]``, an int or an int64 tensor that broadcasts to the
             result (whose values are not looked at: that would wait for the device).
@@ -215,7 +221,10 @@ def normal(
     """Standard normal numbers, by the transform of Box and Muller in float64.
 
     Args:
-        seed, step, index, stream: as in :func:`bits`; index ``[T]``.
+        seed: which run.
+        step: which meta-batch.
+        index: ``[T]``: which tasks of it.
+        stream: which purpose.
         n: draws for each task, a number or a shape.
         dtype: a floating dtype, to which the float64 value is rounded.
 
@@ -249,7 +258,10 @@ def permutation(seed: int, step: int, index: Index, stream: int, n: int) -> Tens
     """Uniformly random orders of n things.
 
     Args:
-        seed, step, index, stream: as in :func:`bits`; index ``[T]``.
+        seed: which run.
+        step: which meta-batch.
+        index: ``[T]``: which tasks of it.
+        stream: which purpose.
         n: how many things.
 
     Returns:
@@ -286,7 +298,10 @@ def choice(
     the earlier swaps back. Otherwise random keys ``[T, ..., population]`` are sorted.
 
     Args:
-        seed, step, index, stream: as in :func:`bits`; index ``[T]``.
+        seed: which run.
+        step: which meta-batch.
+        index: ``[T]``: which tasks of it.
+        stream: which purpose.
         n: draws for each task, k, or a shape ``(..., k)`` whose last axis is drawn without
             replacement, independently of the others.
         population: how many there are to choose from, at least k and at most 2**31: an int, or an

@@ -1,0 +1,8 @@
+"""Where tasks come from. A task is a function of (seed, step, index)."""
+
+from __future__ import annotations
+
+from fastmeta.tasks.sinusoid import Sinusoid
+from fastmeta.tasks.source import TaskSource
+
+__all__ = ["Sinusoid", "TaskSource"]
