@@ -26,7 +26,7 @@ def _import_core() -> tuple[ModuleType | None, str]:
         return None, "fastmeta was installed without its C++ extension"
     except ImportError as error:
         return None, f"the C++ extension is installed but does not load: {error}"
-    if "FASTMETA_ISA" in os.environ:
+    if os.environ.get("FASTMETA_ISA"):
         core.isa()  # a forced instruction set that cannot run is an error here, not a fallback
     return core, ""
 

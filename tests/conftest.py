@@ -64,6 +64,11 @@ _NEEDS: dict[str, Callable[[], str | None]] = {
 def pytest_configure(config: pytest.Config) -> None:
     names = ", ".join(_NEEDS)
     config.addinivalue_line("markers", f"needs(*names): skip, visibly, where missing: {names}")
+    config.addinivalue_line(
+        "markers",
+        "native: runs C++, so it runs again under every FASTMETA_ISA and under the sanitizers; "
+        'set by itself on needs("cpp")',
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the one warning of a pure-Python install: shown above
         _native.load()
@@ -74,6 +79,12 @@ def pytest_report_header() -> list[str]:
         f"fastmeta: C++ core {_native.reason() or 'loaded'}; "
         f"FASTMETA_ISA={os.environ.get('FASTMETA_ISA', '')} torch {torch.__version__}",
     ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any("cpp" in mark.args for mark in item.iter_markers("needs")):
+            item.add_marker("native")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
