@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastmeta.program.activations import ELU, GELU, LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
 from fastmeta.program.batch_norm import BatchNorm1d
 from fastmeta.program.flatten import Flatten
+from fastmeta.program.interpreter import Rows
 from fastmeta.program.ir import Layer, Loss, Node, Program, Unsupported
 from fastmeta.program.linear import Linear
 
@@ -20,6 +21,7 @@ __all__ = [
     "Node",
     "Program",
     "ReLU",
+    "Rows",
     "SiLU",
     "Sigmoid",
     "Tanh",

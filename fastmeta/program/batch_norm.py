@@ -51,7 +51,7 @@ class BatchNorm1d:
         return shape
 
     def forward(self, x: Tensor, params: Params, mask: Tensor | None) -> tuple[Tensor, Saved]:
-        """Output y = g xh + b; keeps xh = (x - mu) r, r and each row's share, 1/m or 0 if masked."""
+        """Output y = g xh + b; keeps xh = (x - mu) r, r and each row's share: 1/m, 0 if masked."""
         rows = x.shape[0] if mask is None else int(mask.sum())
         if rows < 2:
             raise ValueError(
