@@ -26,8 +26,6 @@ def _import_core() -> tuple[ModuleType | None, str]:
         return None, "fastmeta was installed without its C++ extension"
     except ImportError as error:
         return None, f"the C++ extension is installed but does not load: {error}"
-    if os.environ.get("FASTMETA_ISA"):
-        core.isa()  # a forced instruction set that cannot run is an error here, not a fallback
     return core, ""
 
 
@@ -63,6 +61,20 @@ def load() -> ModuleType | None:
     if core is None:
         _warn_once(why)
     return core
+
+
+def isa() -> str:
+    """The instruction set that the C++ extension is to run: FASTMETA_ISA, or the best there is.
+
+    Raises:
+        RuntimeError: the extension is missing or does not load.
+        ValueError: FASTMETA_ISA names what this processor does not run.
+    """
+    runs: list[str] = require("isa").isas()
+    forced = os.environ.get("FASTMETA_ISA")
+    if forced and forced not in runs:
+        raise ValueError(f"isa: FASTMETA_ISA must be one of {', '.join(runs)}, got {forced!r}")
+    return forced or runs[-1]
 
 
 def require(op: str) -> ModuleType:

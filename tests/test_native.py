@@ -53,22 +53,22 @@ def test_another_missing_module_is_not_swallowed(monkeypatch: pytest.MonkeyPatch
         _native.available()
 
 
-def test_a_forced_instruction_set_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_instruction_set_is_the_best_or_the_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     core = ModuleType("core")
-
-    def isa() -> str:
-        raise ValueError("FASTMETA_ISA must be one of baseline, got sse9")
-
-    core.isa = isa  # type: ignore[attr-defined]
+    core.isas = lambda: ["baseline", "avx2"]  # type: ignore[attr-defined]
     stand_in(monkeypatch, core)
-    monkeypatch.setenv("FASTMETA_ISA", "sse9")
-    with pytest.raises(ValueError, match="sse9"):
-        _native.load()
+    monkeypatch.delenv("FASTMETA_ISA", raising=False)
+    assert _native.isa() == "avx2"
+    monkeypatch.setenv("FASTMETA_ISA", "baseline")
+    assert _native.isa() == "baseline"
+    monkeypatch.setenv("FASTMETA_ISA", "avx512")
+    with pytest.raises(ValueError, match="must be one of baseline, avx2, got 'avx512'"):
+        _native.isa()
 
 
 @pytest.mark.needs("cpp")
 def test_the_core_of_this_machine() -> None:
     core = _native.require("test")
     assert core is _native.load()
-    assert core.isa() in core.isas()
-    assert "baseline" in core.isas()
+    assert core.isas()[0] == "baseline"
+    assert _native.isa() in core.isas()

@@ -80,20 +80,23 @@ def _version(package: str) -> str:
 
 def _why_no_core() -> str:
     try:
+        if _native.available():
+            _native.isa()
         return _native.reason()
-    except (RuntimeError, ValueError) as error:  # FASTMETA_ISA asks for what cannot be had
+    except ValueError as error:  # FASTMETA_ISA asks for what this processor does not run
         return str(error)
 
 
 def _core() -> dict[str, str]:
     threads = f"{torch.get_num_threads()} (torch.set_num_threads changes it)"
-    if why := _why_no_core():
+    if why := _native.reason():
         return {"extension": f"no: {why}", "compiler": _compiler(), "threads": threads}
-    core = _native.require("doctor")
     chosen = "forced by FASTMETA_ISA" if os.environ.get("FASTMETA_ISA") else "chosen"
+    runs = ", ".join(_native.require("doctor").isas())
     return {
         "extension": "loaded",
-        "instruction set": f"{core.isa()}, {chosen}; this processor runs {', '.join(core.isas())}",
+        "instruction set": _why_no_core()
+        or f"{_native.isa()}, {chosen}; this processor runs {runs}",
         "threads": threads,
     }
 

@@ -39,7 +39,8 @@ def test_the_wheel_works_alone(wheel: Path, install: Install, tmp_path: Path) ->
         "import fastmeta, fastmeta.kernels, fastmeta._core as core, sys\n"
         "assert fastmeta.__file__.startswith(sys.prefix), fastmeta.__file__\n"
         "assert core.__file__.startswith(sys.prefix), core.__file__\n"
-        "print(core.isa())\n"
+        "from fastmeta import _native\n"
+        "print(_native.isa())\n"
     )
     done = run(python, "-W", "error", "-c", program, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
