@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from fastmeta.tasks.few_shot import FewShot
 from fastmeta.tasks.sinusoid import Sinusoid
 from fastmeta.tasks.source import TaskSource
 
-__all__ = ["Sinusoid", "TaskSource"]
+__all__ = ["FewShot", "Sinusoid", "TaskSource"]

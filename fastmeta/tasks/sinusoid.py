@@ -15,8 +15,6 @@ from fastmeta.tasks.source import TaskSource, stream_of
 
 __all__ = ["Sinusoid"]
 
-_FUNCTION, _SUPPORT, _QUERY = range(3)  # the purposes of the draws
-
 # pi in two parts: the first has 33 digits, so its product with a small whole number is exact
 _PI_HIGH = 3.1415926534682512
 _PI_LOW = 1.2154201013012384e-10
@@ -99,17 +97,19 @@ class Sinusoid(TaskSource):
         """
         split = "train" if split is None else split
         tasks = random.as_index(indices, device=self.device)
-        function = self._uniform(step, tasks, split, _FUNCTION, 2)
+        # one draw for all: the curve, the support rows, the query rows
+        stream = stream_of("Sinusoid", split, 0)
+        count = 2 + self.shots + self.queries
+        unit = random.uniform(self.seed, step, tasks, stream, count, dtype=torch.float64)
         classes = {
-            "amplitude": _spread(function[:, 0], self.amplitude),
-            "phase": _spread(function[:, 1], self.phase),
+            "amplitude": _spread(unit[:, 0], self.amplitude),
+            "phase": _spread(unit[:, 1], self.phase),
         }
-        sides = []
-        for purpose, rows in ((_SUPPORT, self.shots), (_QUERY, self.queries)):
-            x = _spread(self._uniform(step, tasks, split, purpose, rows), self.x).to(self.dtype)
-            y = self.function(classes, x)
-            sides.append(Examples(x.unsqueeze(-1), y.unsqueeze(-1)))
-        return trusted(TaskBatch(sides[0], sides[1], classes, tasks))
+        x = _spread(unit[:, 2:], self.x).to(self.dtype)
+        y = self.function(classes, x)
+        xs, xq = (part.contiguous().unsqueeze(-1) for part in x.tensor_split([self.shots], dim=1))
+        ys, yq = (part.contiguous().unsqueeze(-1) for part in y.tensor_split([self.shots], dim=1))
+        return trusted(TaskBatch(Examples(xs, ys), Examples(xq, yq), classes, tasks))
 
     @staticmethod
     def function(classes: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -134,10 +134,6 @@ class Sinusoid(TaskSource):
         else:
             sine = _sine(angle)
         return (sine * classes["amplitude"].double().unsqueeze(-1)).to(x.dtype)
-
-    def _uniform(self, step: int, tasks: Tensor, split: str, purpose: int, n: int) -> Tensor:
-        stream = stream_of("Sinusoid", split, purpose)
-        return random.uniform(self.seed, step, tasks, stream, n, dtype=torch.float64)
 
 
 _Array = TypeVar("_Array", bound=Any)
