@@ -81,7 +81,9 @@ isa: outside
 	cd $(OUTSIDE) && for isa in $$($(PY) -c "import torch, fastmeta._core as c; print(*c.isas())"); \
 	do FASTMETA_ISA=$$isa $(PY) -m pytest -q tests --ignore=tests/packaging -m native; done
 
-# The same tests on a core built with the address and undefined-behaviour sanitizers.
+# The same tests on a core built with the address and undefined-behaviour sanitizers. Python itself
+# is not, so the runtime libraries (g++'s, here and below) are loaded before it; libstdc++ too, so
+# that the sanitizer finds the functions behind C++ exceptions.
 sanitize: outside
 	FASTMETA_SANITIZE=address,undefined $(PY) setup.py -q build --build-base build/asan \
 		--build-lib build/asan/lib

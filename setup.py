@@ -52,11 +52,9 @@ OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1;
 
 def find_compiler() -> list[str] | None:
     """The C++ compiler's command, or None where there is none."""
-    if "CXX" in os.environ:
-        names = [os.environ["CXX"]]
-    else:
-        names = [sysconfig.get_config_var("CXX") or "c++", "c++", "g++", "clang++"]
-    for name in names:
+    chosen = os.environ.get("CXX")
+    known = [sysconfig.get_config_var("CXX") or "c++", "c++", "g++", "clang++"]
+    for name in [chosen] if chosen else known:
         command = shlex.split(name)
         if command and shutil.which(command[0]):
             return command

@@ -102,7 +102,8 @@ def _core() -> dict[str, str]:
 
 
 def _compiler() -> str:
-    names = [os.environ["CXX"]] if "CXX" in os.environ else _COMPILERS
+    chosen = os.environ.get("CXX")
+    names = [chosen] if chosen else _COMPILERS
     found = next(filter(None, map(shutil.which, names)), None)
     if found:
         return f"{found} is here now: reinstall fastmeta to build the core"
