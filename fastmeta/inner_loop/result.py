@@ -117,9 +117,8 @@ def accumulate_grad(
     for owner, tree in ((inner, grads.inner), (loss_params, grads.loss_params)):
         if owner is None or tree is None:
             continue
-    
         leaves, there = pytree.tree_flatten(owner)
-        found, here = pytree.tree_flatten(tree, is_leaf=is_none)
+        found, here = pytree.tree_flatten(tree)
         if len(leaves) != len(found):
             raise value_error(op, "inner/loss_params", f"have the structure {here}", str(there))
         for leaf, value in zip(leaves, found, strict=True):
