@@ -7,8 +7,21 @@ network, and loads neither plotting nor image libraries.
 from __future__ import annotations
 
 from fastmeta._version import __version__
+from fastmeta.algorithms import FOMAML, MAML
 from fastmeta.batch import Examples, TaskBatch
-from fastmeta.inner_loop.optimizers import SGD
+from fastmeta.inner_loop import SGD, MetaGrad, adapt, explain, meta_grad
 from fastmeta.ops.backend import backend
 
-__all__ = ["SGD", "Examples", "TaskBatch", "__version__", "backend"]
+__all__ = [
+    "FOMAML",
+    "MAML",
+    "SGD",
+    "Examples",
+    "MetaGrad",
+    "TaskBatch",
+    "__version__",
+    "adapt",
+    "backend",
+    "explain",
+    "meta_grad",
+]

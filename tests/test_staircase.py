@@ -12,7 +12,7 @@ import pytest
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 STEPS = ["cli", "recipes", "training", "algorithms", "inner_loop", "program", "ops", "kernels"]
-GROUND = ["_native.py", "batch.py", "random.py", "_checks.py", "_version.py"]
+FILES = ["__main__.py", "_native.py", "batch.py", "random.py", "_checks.py", "_version.py"]
 BESIDE = ["tasks", "nn"]
 
 
@@ -20,7 +20,7 @@ def lint(folder: Path, files: dict[str, str]) -> subprocess.CompletedProcess[str
     """Runs the import linter over a package with nothing in it but the given lines."""
     (folder / "pyproject.toml").write_text(PYPROJECT.read_text())
     package = folder / "fastmeta"
-    empty = dict.fromkeys(["__init__.py", *GROUND], "")
+    empty = dict.fromkeys(["__init__.py", *FILES], "")
     empty |= {f"{step}/__init__.py": "" for step in STEPS + BESIDE}
     for name, text in {**empty, **files}.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +57,7 @@ def test_downwards_is_fine(tmp_path: Path) -> None:
         ("nn/a.py", "import fastmeta.program"),
         ("batch.py", "import fastmeta.ops"),
         ("random.py", "import fastmeta._native"),
+        ("_checks.py", "import fastmeta.batch"),
         ("training/a.py", "import pickle"),
         ("kernels/a.py", "def f():\n    import fastmeta.program"),
         ("unheard_of.py", ""),
