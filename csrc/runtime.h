@@ -20,7 +20,7 @@ Isa isa_of(const std::string& name);  // throws std::invalid_argument
 // binary counter carries: whenever two finished subtrees have the same size they become one. The
 // tree depends on the number of tasks alone, so that the sum has the same bits at any thread
 // count, and for any chunk that is a power of two of leaves.
-constexpr int kLeafTasks = 4;
+constexpr int kLeafTasks = 8;
 
 struct FreeAligned {
   void operator()(char* p) const;
