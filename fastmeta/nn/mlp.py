@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -68,7 +69,7 @@ def mlp(
     widths = [positive_int("mlp", f"sizes[{i}]", size) for i, size in enumerate(sizes)]
     if len(widths) < 2:
         raise value_error("mlp", "sizes", "hold an input and an output size", sizes)
-    make = _ACTIVATIONS.get(activation) if isinstance(activation, str) else activation
+    make: Any = _ACTIVATIONS.get(activation) if isinstance(activation, str) else activation
     if make is None:
         must = f"be one of {list(_ACTIVATIONS)} or make a module"
         raise value_error("mlp", "activation", must, repr(activation))
