@@ -137,6 +137,10 @@ FASTMETA_INLINE void tile_of_rows(int rows, const TileArgs<R>& args, long row0, 
 template <class R, int Vectors>
 void panel(int rows, const TileArgs<R>& args, long col0) {
   const int tallest = kTileRows[Vectors - 1];
+  if (rows <= tallest) {
+    tile_of_rows<R, Vectors>(rows, args, 0, col0);
+    return;
+  }
   const int tiles = (rows + tallest - 1) / tallest;
   const int low = rows / tiles, taller = rows % tiles;
   long row0 = 0;
@@ -203,32 +207,32 @@ struct Dots {
   long ldb;
 };
 
+template <class R, int Rows>
+FASTMETA_INLINE void narrow_rows(int row0, int o, int depth, const Dots<R>* dots, int count,
+                                 const R* bias, R* c, long ldc) {
+  V<R> sum[4];
+  FASTMETA_UNROLL for (int r = 0; r < 4; r++) sum[r] = V<R>{};
+  for (int p = 0; p < count; p++) {
+    const R* a = dots[p].a + row0 * dots[p].lda;
+    const R* b = dots[p].b + o * dots[p].ldb;
+    for (int k = 0; k < depth; k += Vec<R>::width) {
+      const V<R> w = load(b + k);
+      FASTMETA_UNROLL for (int r = 0; r < Rows; r++) sum[r] += load(a + r * dots[p].lda + k) * w;
+    }
+  }
+  R sums[4];
+  four_lane_sums(sum, sums);
+  const R shift = bias != nullptr ? bias[o] : R(0);
+  FASTMETA_UNROLL for (int r = 0; r < Rows; r++) c[(row0 + r) * ldc + o] = sums[r] + shift;
+}
+
 template <class R>
 void narrow(int rows, int cols, int depth, const Dots<R>* dots, int count, const R* bias, R* c,
             long ldc) {
-  constexpr int W = Vec<R>::width;
-  for (int r = 0; r < rows; r++) {
-    for (int o = 0; o < cols; o++) {
-      V<R> sum = V<R>{};
-      for (int p = 0; p < count; p++) {
-        const R* a = dots[p].a + r * dots[p].lda;
-        const R* b = dots[p].b + o * dots[p].ldb;
-        for (int k = 0; k < depth; k += W) sum += load(a + k) * load(b + k);
-      }
-      c[r * ldc + o] = lane_sum<R>(sum) + (bias != nullptr ? bias[o] : R(0));
-    }
-  }
-}
-
-// into = base + scale * the sum over rows of d [rows, cols]; base may be null.
-template <class R>
-void column_sum(int rows, int cols, const R* d, long ldd, R scale, const R* base, R* into) {
-  constexpr int W = Vec<R>::width;
-  for (int j = 0; j < cols; j += W) {
-    V<R> sum = V<R>{};
-    for (int r = 0; r < rows; r++) sum += load(d + r * ldd + j);
-    sum *= splat(scale);
-    store(into + j, base != nullptr ? load(base + j) + sum : sum);
+  for (int o = 0; o < cols; o++) {
+    int r = 0;
+    for (; r + 4 <= rows; r += 4) narrow_rows<R, 4>(r, o, depth, dots, count, bias, c, ldc);
+    for (; r < rows; r++) narrow_rows<R, 1>(r, o, depth, dots, count, bias, c, ldc);
   }
 }
 

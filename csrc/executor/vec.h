@@ -61,6 +61,32 @@ FASTMETA_INLINE R lane_sum(V<R> v) {
   return v[0];
 }
 
+// The sums of four vectors in 9 shuffles instead of 16: pairs are interleaved while they are added.
+FASTMETA_INLINE void four_lane_sums(const V<float>* v, float* sums) {
+  constexpr int W = Vec<float>::width;
+  Lanes<float>::type low, high, low_pair, high_pair;
+  FASTMETA_UNROLL for (int i = 0; i < W; i++) {
+    const int lane = i / 4 * 4, at = i % 4;
+    low[i] = lane + at / 2 + at % 2 * W;  // a0 b0 a1 b1 of every 128 bits
+    high[i] = low[i] + 2;
+    low_pair[i] = lane + at % 2 + at / 2 * W;  // of ab and cd: ab ab cd cd
+    high_pair[i] = low_pair[i] + 2;
+  }
+  const V<float> ab = __builtin_shuffle(v[0], v[1], low) + __builtin_shuffle(v[0], v[1], high);
+  const V<float> cd = __builtin_shuffle(v[2], v[3], low) + __builtin_shuffle(v[2], v[3], high);
+  V<float> abcd =
+      __builtin_shuffle(ab, cd, low_pair) + __builtin_shuffle(ab, cd, high_pair);
+  FASTMETA_UNROLL for (int half = W / 2; half >= 4; half /= 2) {
+    Lanes<float>::type other;
+    FASTMETA_UNROLL for (int i = 0; i < W; i++) other[i] = i ^ half;
+    abcd += __builtin_shuffle(abcd, other);
+  }
+  FASTMETA_UNROLL for (int i = 0; i < 4; i++) sums[i] = abcd[i];
+}
+FASTMETA_INLINE void four_lane_sums(const V<double>* v, double* sums) {
+  for (int i = 0; i < 4; i++) sums[i] = lane_sum<double>(v[i]);
+}
+
 template <class R>
 constexpr long round_up(long n) {
   return (n + Vec<R>::width - 1) / Vec<R>::width * Vec<R>::width;
