@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sized
 from typing import Any
 
@@ -147,13 +148,16 @@ def _example(i: int, value: Any) -> Tensor:
 
 
 def _label(i: int, value: Any) -> int:
+    label = value.tolist() if _is_array(value) else value
+    if type(label) is list and len(label) == 1:
+        label = label[0]
     try:
-        label = value.item() if _is_array(value) else value
-    except (RuntimeError, ValueError):
-        label = value
-    if isinstance(label, (bool, float)) or not hasattr(label, "__index__"):
-        raise type_error(_OP, f"data[{i}][1]", "be a whole number", describe(value))
-    return int(label)
+        if isinstance(label, bool):
+            raise TypeError
+        return operator.index(label)
+    except TypeError:
+        must = "be a whole number"
+        raise type_error(_OP, f"data[{i}][1]", must, describe(value)) from None
 
 
 def _is_array(value: Any) -> bool:

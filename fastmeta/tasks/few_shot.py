@@ -365,11 +365,7 @@ def _by_list(op: str, splits: Splits, place: dict[int, int]) -> dict[str, Iterab
             if label not in place:
                 raise value_error(op, argument, "hold classes that occur in y", label)
             if label in owner:
-                got = (
-                    f"class {label} twice"
-                    if owner[label] == name
-                    else f"class {label} of {owner[label]!r}"
-                )
+                got = f"class {label} of split {owner[label]!r} again"
                 raise value_error(op, argument, "hold each class once, in one split", got)
             owner[label] = name
             mine.append(place[label])
