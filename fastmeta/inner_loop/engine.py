@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import sys
 import weakref
@@ -17,7 +16,7 @@ from torch.utils import _pytree as pytree
 from fastmeta._checks import describe, type_error, value_error
 from fastmeta.batch import BatchLike, Examples, TaskBatch
 from fastmeta.inner_loop import reference, vectorized
-from fastmeta.inner_loop.learner import Learner, is_classification, log_once
+from fastmeta.inner_loop.learner import Learner, facts, is_classification, log_once
 from fastmeta.inner_loop.optimizers import InnerOptimizer, OptimizerState
 from fastmeta.inner_loop.request import (
     BatchNormOption,
@@ -88,7 +87,9 @@ def _path(name: str) -> Path | None:
     if name == "fused":
         if not _fused_exists:
             return None
-        return cast(Path, importlib.import_module("fastmeta.inner_loop.fused"))
+        from fastmeta.inner_loop import fused
+
+        return cast(Path, fused)
     return cast(Path, vectorized if name == "vectorized" else reference)
 
 
@@ -138,6 +139,7 @@ def choose(request: Request, path: str = "auto") -> Choice:
     if chosen is None:
         reasons = "; ".join(f"{found.path}: {found.why_not}" for found in verdicts)
         raise value_error(request.op, "the call", "be one that some path can run", reasons)
+    _log_batch_norm(request)
     passed = [found for found in verdicts if found.path != chosen]
     if passed:
         reasons = "; ".join(f"{found.path}: {found}" for found in passed)
@@ -179,6 +181,21 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def _normal(value: Tensor) -> Tensor:
     return value.clone() if value.is_inference() else value
+
+
+_norms_seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _log_batch_norm(request: Request) -> None:
+    """Say once for a module that BatchNorm's running statistics are left alone."""
+    model = request.model
+    if model is None or request.batch_norm != "batch" or model in _norms_seen:
+        return
+    _norms_seen.add(model)
+    found = facts(model)
+    if found.batch_norm and found.tracked:
+        what = "batch_norm='batch': the statistics of each call's rows; the running update of"
+        log_once(model, f"{what} {', '.join(found.tracked)} is dropped")
 
 
 @public

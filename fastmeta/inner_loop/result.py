@@ -53,7 +53,7 @@ class MetaGrad:
     grads: Grads
     losses: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    adapted: dict[str, Tensor] = field(default_factory=dict)
+    adapted: Mapping[str, Tensor] = field(default_factory=dict)
     state: OptimizerState | None = None
     path: str = ""
 

@@ -214,10 +214,11 @@ def _blanked(batch: TaskBatch) -> TaskBatch:
 
 def _rows_mix(request: Request, learner: Learner) -> str | None:
     """Whether dropping rows changes the output for the others, tried on one task."""
-    x = pytree.tree_map(lambda leaf: leaf[0], request.batch.support.x)
+    trial = _trial(request, double=False, noise=1.0)
+    x = pytree.tree_map(lambda leaf: leaf[0], trial.batch.support.x)
     rows = pytree.tree_leaves(x)[0].shape[0]
     half = pytree.tree_map(lambda leaf: leaf[: (rows + 1) // 2], x)
-    values = {**request.params, **request.frozen}
+    values = {**trial.params, **trial.frozen}
     params = {n: v[0] if n in request.per_task else v for n, v in values.items()}
     with learner.session(), torch.no_grad():
         whole, part = learner(params, x), learner(params, half)
@@ -254,7 +255,7 @@ def _probe(request: Request) -> str | None:
     return None
 
 
-def _trial(request: Request, double: bool) -> Request:
+def _trial(request: Request, double: bool, noise: float = 1e-2) -> Request:
     """Two tasks of the request, their inputs moved a little off the ties of max-pooling."""
     tasks = min(2, request.num_tasks)
     generator = torch.Generator().manual_seed(0)
@@ -263,15 +264,15 @@ def _trial(request: Request, double: bool) -> Request:
         floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.double() if double and floating else value
 
-    def finite(value: Tensor, noise: float) -> Tensor:
+    def finite(value: Tensor, spread: float) -> Tensor:
         value = cast(value[:tasks].detach())
         if not value.is_floating_point():
             return value
         moved = torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
-        return value.nan_to_num(0.0, 1.0, -1.0) + noise * moved
+        return value.nan_to_num(0.0, 1.0, -1.0) + spread * moved
 
     def side(examples: Examples) -> Examples:
-        x = pytree.tree_map(lambda leaf: finite(leaf, 1e-2), examples.x)
+        x = pytree.tree_map(lambda leaf: finite(leaf, noise), examples.x)
         y = pytree.tree_map(lambda leaf: finite(leaf, 0.0), examples.y)
         weight, index = pytree.tree_map(
             lambda leaf: None if leaf is None else cast(leaf[:tasks]),
