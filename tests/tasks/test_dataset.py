@@ -52,8 +52,6 @@ FORMS: dict[str, Callable[[], Any]] = {
     "arrays-and-numpy-ints": lambda: Mapped(
         [(x.numpy(), np.int32(y)) for x, y in zip(X, Y, strict=True)]
     ),
-        [(x.numpy(), np.int32(y)) for x, y in zip(X, Y, strict=True)]
-    ),
     "images": lambda: Mapped([(image(x), int(y)) for x, y in zip(X, Y, strict=True)]),
     "list-of-pairs": lambda: [(x, int(y)) for x, y in zip(X, Y, strict=True)],
     "iterable": Streamed,
