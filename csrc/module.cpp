@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "ops/gather_rows.h"
 #include "runtime.h"
 
 namespace py = pybind11;
@@ -107,6 +108,13 @@ PYBIND11_MODULE(_core, m) {
     std::vector<std::string> names;
     for (Isa isa : supported_isas()) names.push_back(isa_name(isa));
     return names;
+  });
+  m.def("gather_rows", [](std::uintptr_t table, std::int64_t width, std::uintptr_t rows,
+                          std::int64_t n, float divisor, std::uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    gather_rows(reinterpret_cast<const std::uint8_t*>(table), width,
+                reinterpret_cast<const std::int64_t*>(rows), n, divisor,
+                reinterpret_cast<float*>(out), threads);
   });
   py::class_<Executor>(m, "Executor")
       .def(py::init(&make_executor), py::kw_only(), py::arg("layers"), py::arg("params"),
