@@ -59,7 +59,7 @@ def test_numbers() -> None:
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="f: rate must be finite"):
             _checks.number("f", "rate", value)
-    with pytest.raises(ValueError, match="f: rate must be at least 0, got -1.0"):
+    with pytest.raises(ValueError, match=r"f: rate must be at least 0, got -1\.0"):
         _checks.number("f", "rate", -1, at_least=0)
 
 
@@ -69,5 +69,5 @@ def test_devices_and_tensors() -> None:
     _checks.same_device("f", "x", x, torch.device("cpu"))
     with pytest.raises(ValueError, match="f: x must be on meta like the rest, got cpu"):
         _checks.same_device("f", "x", x, torch.device("meta"))
-    with pytest.raises(TypeError, match="f: x must be a tensor, got 1.0"):
+    with pytest.raises(TypeError, match=r"f: x must be a tensor, got 1\.0"):
         _checks.tensor("f", "x", 1.0)
