@@ -8,6 +8,7 @@ from fastmeta.program.flatten import Flatten
 from fastmeta.program.interpreter import Rows
 from fastmeta.program.ir import Layer, Loss, Node, Program, Unsupported
 from fastmeta.program.linear import Linear
+from fastmeta.program.reader import read
 
 __all__ = [
     "ELU",
@@ -26,4 +27,5 @@ __all__ = [
     "Sigmoid",
     "Tanh",
     "Unsupported",
+    "read",
 ]

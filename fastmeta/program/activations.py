@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.program.ir import Params, Saved, Shape
+from fastmeta.program.reading import Call, Placed
 
 __all__ = ["ELU", "GELU", "Elementwise", "LeakyReLU", "ReLU", "SiLU", "Sigmoid", "Tanh"]
 
@@ -296,3 +297,40 @@ def _distribution(x: Tensor) -> Tensor:
 
 def _density(x: Tensor) -> Tensor:
     return torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def read_relu(call: Call) -> Placed:
+    """aten.relu."""
+    return Placed(ReLU(), call.value("self"))
+
+
+def read_leaky_relu(call: Call) -> Placed:
+    """aten.leaky_relu."""
+    return Placed(LeakyReLU(call.number("negative_slope")), call.value("self"))
+
+
+def read_elu(call: Call) -> Placed:
+    """aten.elu, without its scales."""
+    if call.number("scale") != 1.0 or call.number("input_scale") != 1.0:
+        raise call.refuse("with a scale is not a layer of the program")
+    return Placed(ELU(call.number("alpha")), call.value("self"))
+
+
+def read_tanh(call: Call) -> Placed:
+    """aten.tanh."""
+    return Placed(Tanh(), call.value("self"))
+
+
+def read_sigmoid(call: Call) -> Placed:
+    """aten.sigmoid."""
+    return Placed(Sigmoid(), call.value("self"))
+
+
+def read_silu(call: Call) -> Placed:
+    """aten.silu."""
+    return Placed(SiLU(), call.value("self"))
+
+
+def read_gelu(call: Call) -> Placed:
+    """aten.gelu."""
+    return Placed(GELU(call.get("approximate")), call.value("self"))

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastmeta.program.ir import Params, Saved, Shape
+from fastmeta.program.reading import Call, Placed
 
 __all__ = ["BatchNorm1d"]
 
@@ -119,3 +120,28 @@ class BatchNorm1d:
         rdg = None if g is None else (rdy * xh + dy * rxh).sum(dim=0)
         rdb = None if b is None else rdy.sum(dim=0)
         return rdx, (rdg, rdb)
+
+
+def read_batch_norm(call: Call) -> Placed:
+    """aten.batch_norm with the statistics of the batch; an update of running ones is dropped."""
+    if not call.get("training"):
+        raise call.refuse(
+            "with running statistics (eval mode) is not a layer of the program, "
+            "which takes the statistics of the batch"
+        )
+    if call.batch_norm != "batch":
+        raise call.refuse(
+            f"with batch_norm={call.batch_norm!r} is not a layer of the program, which takes the "
+            "statistics of the batch and keeps no running ones (batch_norm='batch')"
+        )
+    x, weight, bias = call.value("input"), call.param("weight"), call.param("bias")
+    if len(x.shape) != 1:
+        raise call.refuse(f"is a layer only on rows of shape (features,), got {x.shape}")
+    note = ""
+    if call.get("running_mean") is not None:
+        note = f"{call.operation.where}: the update of the running statistics is dropped"
+    names = (None if weight is None else weight.name, None if bias is None else bias.name)
+    return Placed(BatchNorm1d(x.shape[0], call.number("eps")), x, names, note)
+
+
+READS = {"batch_norm": read_batch_norm}

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastmeta.program.ir import Params, Saved, Shape
+from fastmeta.program.reading import Call, Param, Placed, Value
 
 __all__ = ["Linear"]
 
@@ -88,3 +89,67 @@ def _weight(params: Params) -> Tensor:
     if weight is None:
         raise ValueError("linear: weight must be given, got None")
     return weight
+
+
+def read_linear(call: Call) -> Placed:
+    """aten.linear(x, W, b)."""
+    weight, bias = call.param("weight"), call.param("bias")
+    if weight is None or weight.transposed:
+        raise call.refuse("must take a parameter [out, in] as weight")
+    return _place(call, call.value("input"), weight, bias)
+
+
+def read_matmul(call: Call) -> Placed:
+    """The product x @ W.t() with a parameter W [out, in]."""
+    weight = call.param("other" if "other" in call.operation.arguments else "mat2")
+    return _place(call, call.value("self"), _transposed(call, weight), None)
+
+
+def read_addmm(call: Call) -> Placed:
+    """torch.addmm(b, x, W.t())."""
+    if call.number("alpha") != 1.0 or call.number("beta") != 1.0:
+        raise call.refuse("must have alpha and beta 1")
+    weight = _transposed(call, call.param("mat2"))
+    return _place(call, call.value("mat1"), weight, call.param("self"))
+
+
+def read_add(call: Call) -> Placed:
+    """The bias added to x @ W.t(): the layer once more, now with it; the one without is dead."""
+    sides = [call.get("self"), call.get("other")]
+    value = next((side for side in sides if isinstance(side, Value)), None)
+    bias = next((side for side in sides if isinstance(side, Param)), None)
+    node = None if value is None else call.maker(value)
+    if value is None or bias is None or node is None or call.number("alpha") != 1.0:
+        raise call.refuse("is a layer of the program only as the bias of a linear layer")
+    layer = node.layer
+    if not isinstance(layer, Linear) or node.params[1] is not None:
+        raise call.refuse("is a layer of the program only as the bias of a linear layer")
+    if bias.shape != (layer.out_features,) or value.shape != bias.shape:
+        raise call.refuse(f"must add a bias of shape ({layer.out_features},), got {bias.shape}")
+    source = Value(node.inputs[0], (layer.in_features,))
+    return Placed(layer, source, (node.params[0], bias.name))
+
+
+def _transposed(call: Call, weight: Param | None) -> Param:
+    if weight is None or not weight.transposed:
+        raise call.refuse("is a linear layer only with a parameter W [out, in] as x @ W.t()")
+    return weight
+
+
+def _place(call: Call, x: Value, weight: Param, bias: Param | None) -> Placed:
+    outputs, inputs = weight.shape
+    if x.shape != (inputs,):
+        raise call.refuse(f"is a layer only on rows of shape ({inputs},), got {x.shape}")
+    if bias is not None and (bias.shape != (outputs,) or bias.transposed):
+        raise call.refuse(f"must add a bias of shape ({outputs},), got {bias.shape}")
+    name = None if bias is None else bias.name
+    return Placed(Linear(inputs, outputs), x, (weight.name, name))
+
+
+READS = {
+    "linear": read_linear,
+    "matmul": read_matmul,
+    "mm": read_matmul,
+    "addmm": read_addmm,
+    "add": read_add,
+}
