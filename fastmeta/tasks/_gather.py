@@ -87,7 +87,7 @@ def gather_rows(table: Tensor, rows: Tensor, divisor: float, dtype: torch.dtype)
         return table.index_select(0, flat).to(dtype).div_(divisor).view(shape)
     out = _pool.empty((len(flat), table.shape[1]), dtype)
     core = _native.load() if dtype == torch.float32 else None
-    if core is not None and hasattr(core, "gather_rows"):
+    if core is not None:
         core.gather_rows(
             table.data_ptr(),
             table.shape[1],
