@@ -74,7 +74,8 @@ def summarize(values: Tensor) -> Summary:
         >>> summarize(torch.tensor([1.0, 2.0, float("nan")])).median
         2.0
     """
-    if not isinstance(values, Tensor) or values.is_complex():
+    given: Any = values
+    if not isinstance(given, Tensor) or given.is_complex():
         raise type_error("summarize", "values", "be a tensor of numbers", describe(values))
     if values.ndim != 1 or values.numel() == 0:
         raise value_error("summarize", "values", "have shape [T] with T at least 1", values)
