@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmeta.program import (
     ELU,
@@ -177,3 +177,40 @@ def loss_with_torch(loss: Loss, o: Tensor, y: Tensor, weight: Tensor | None) -> 
     else:
         total = terms.mean() if loss.divisor == "rows" else terms.sum()
     return loss.factor * total
+
+
+def module_of(program: Program) -> nn.Sequential:
+    """The `nn.Sequential` that a chain is named after, in torch's own layers."""
+    parts: list[nn.Module] = []
+    for i, node in enumerate(program.nodes):
+        layer = node.layer
+        if isinstance(layer, Linear):
+            bias = f"{i}.bias" in program.params
+            parts.append(nn.Linear(layer.in_features, layer.out_features, bias=bias))
+        elif isinstance(layer, BatchNorm1d):
+            affine = f"{i}.weight" in program.params
+            parts.append(nn.BatchNorm1d(layer.features, eps=layer.eps, affine=affine))
+        elif isinstance(layer, LeakyReLU):
+            parts.append(nn.LeakyReLU(layer.slope))
+        elif isinstance(layer, ELU):
+            parts.append(nn.ELU(layer.alpha))
+        elif isinstance(layer, GELU):
+            parts.append(nn.GELU(layer.approximate))
+        else:
+            parts.append(getattr(nn, type(layer).__name__)())
+    return nn.Sequential(*parts)
+
+
+def loss_function(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss as a user would write it, of the same canonical form."""
+
+    def function(o: Tensor, y: Tensor) -> Tensor:
+        if loss.kind == "mse":
+            terms = ((o - y) ** 2).sum(1)
+        else:
+            terms = F.cross_entropy(o, y, reduction="none")
+        if loss.per_row:
+            return loss.factor * terms
+        return loss.factor * (terms.mean() if loss.divisor == "rows" else terms.sum())
+
+    return function

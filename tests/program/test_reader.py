@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastmeta.program import (
@@ -20,6 +23,7 @@ from fastmeta.program import (
     Layer,
     LeakyReLU,
     Linear,
+    Program,
     ReLU,
     Sigmoid,
     SiLU,
@@ -28,6 +32,8 @@ from fastmeta.program import (
 )
 from fastmeta.program.interpreter import forward, loss_and_grad
 from fastmeta.program.reader import read
+from fastmeta.program.table import LAYERS, READERS
+from tests.program.drawing import TORCH, loss_function, module_of, programs, random_rows
 
 X = torch.linspace(-1, 1, 10).reshape(5, 2)
 Y = torch.linspace(0, 1, 15).reshape(5, 3)
@@ -103,6 +109,27 @@ def test_every_layer_type_of_a_sequential() -> None:
     ]
     assert list(program.params) == [name for name, _ in model.named_parameters()]
     assert program.notes == ("module '5': the update of the running statistics is dropped",)
+
+
+@settings(max_examples=12)
+@given(program=programs(), seed=st.integers(0, 2**31))
+def test_a_drawn_program_is_read_back_from_its_module(program: Program, seed: int) -> None:
+    assert program.loss is not None
+    # Over one class the loss is zero, whatever its divisor.
+    assume(program.loss.kind == "mse" or program.output_shape != (1,))
+    rows = random_rows(program, seed, 3, dtype=torch.float32)
+    model, loss = module_of(program), loss_function(program.loss)
+    found = read(model, loss, rows.x, rows.y)
+    assert found.loss is not None
+    assert found.loss.factor == pytest.approx(program.loss.factor, rel=1e-12)
+    assert replace(found, loss=program.loss) == program
+
+
+def test_the_table_has_every_layer_once() -> None:
+    kinds = [entry.layer.kind for entry in LAYERS]
+    assert len(set(kinds)) == len(kinds)
+    assert set(kinds) == set(TORCH)  # each has its definition in the tests
+    assert len(READERS) == sum(len(entry.reads) for entry in LAYERS)
 
 
 W, V, B = (nn.Parameter(torch.randn(shape)) for shape in ((4, 2), (3, 4), (3,)))
