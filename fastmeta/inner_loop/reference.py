@@ -24,6 +24,7 @@ from fastmeta.inner_loop.optimizers import OptimizerState
 from fastmeta.inner_loop.reduction import LEAF, TreeReducer
 from fastmeta.inner_loop.request import Request
 from fastmeta.inner_loop.result import Grads, MetaGrad
+from fastmeta.inner_loop.trial import no_second_derivative
 from fastmeta.inner_loop.unroll import (
     Named,
     Objective,
@@ -148,6 +149,10 @@ class _Sum:
 
 def _plan(request: Request, learner: Learner, leaves: Leaves, *, differentiable: bool) -> Plan:
     second = differentiable and request.order == 2
+    if second and "float64" not in request.cache:  # not within a trial
+        reason = no_second_derivative(request)
+        if reason is not None:
+            raise RuntimeError(_refusal(request, reason))
 
     def gradient(objective: Objective, at: Named) -> tuple[Named, Tensor]:
         inputs = {n: v if v.requires_grad else v.detach().requires_grad_() for n, v in at.items()}
@@ -243,9 +248,13 @@ def _clear_errors(request: Request) -> Iterator[None]:
         yield
     except (RuntimeError, NotImplementedError) as error:
         if request.order == 2 and _NO_DOUBLE_BACKWARD.search(str(error)):
-            raise RuntimeError(
-                f"{request.op}: an operation of the module or of the loss has no second "
-                "derivative, which the exact meta-gradient (order=2) needs; order=1 does without, "
-                f"or write the operation with differentiable ones. autograd said: {error}"
-            ) from error
+            raise RuntimeError(_refusal(request, f"autograd said: {error}")) from error
         raise
+
+
+def _refusal(request: Request, reason: str) -> str:
+    return (
+        f"{request.op}: an operation of the module or of the loss has no second derivative, which "
+        "the exact meta-gradient (order=2) needs; order=1 does without, or write the operation "
+        f"with differentiable ones. {reason[0].upper()}{reason[1:]}"
+    )

@@ -11,10 +11,7 @@ gradients of two tasks are compared with the definition's, in float64 if the mod
 
 from __future__ import annotations
 
-import types
 import warnings
-import weakref
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,14 +24,13 @@ from fastmeta.inner_loop import reference
 from fastmeta.inner_loop.learner import Learner, note_dropped
 from fastmeta.inner_loop.lift import Leaves, lift, wants_grad
 from fastmeta.inner_loop.norms import PrimitiveNorms
-from fastmeta.inner_loop.optimizers import OptimizerState, resolve
+from fastmeta.inner_loop.optimizers import OptimizerState
 from fastmeta.inner_loop.request import Request
 from fastmeta.inner_loop.result import Grads, MetaGrad
+from fastmeta.inner_loop.trial import found_once, no_second_derivative, quietly, trial
 from fastmeta.inner_loop.unroll import Named, Objective, Plan, outer_loss, transformed, unroll
 
 __all__ = ["adapt", "meta_grad", "slower", "why_not"]
-
-_verdicts: weakref.WeakKeyDictionary[Any, dict[Any, str | None]] = weakref.WeakKeyDictionary()
 
 
 def why_not(request: Request) -> str | None:
@@ -42,7 +38,7 @@ def why_not(request: Request) -> str | None:
     if request.batch_norm == "per_step":
         return "batch_norm='per_step' is not implemented yet"
     if request.model is None:
-        return _probed(request, request.program)
+        return _probed(request)
     learner = Learner(request)
     found = learner.facts
     if found.recurrent:
@@ -57,12 +53,16 @@ def why_not(request: Request) -> str | None:
                 f"rows of weight zero must stay out of the statistics of {found.batch_norm[0]}, "
                 "and vmap cannot drop rows"
             )
-        if _cached(request, request.model, "rows", lambda: _rows_mix(request, learner)):
+        if found_once(request, "rows", lambda: _rows_mix(request, learner)):
             return (
                 "rows of weight zero must have no influence, vmap cannot drop rows, and the "
                 "module's output for a row depends on other rows"
             )
-    return _probed(request, request.model)
+    return _probed(request)
+
+
+def _probed(request: Request) -> str | None:
+    return no_second_derivative(request) or found_once(request, "vmap", lambda: _probe(request))
 
 
 def slower(request: Request) -> str | None:
@@ -214,11 +214,11 @@ def _blanked(batch: TaskBatch) -> TaskBatch:
 
 def _rows_mix(request: Request, learner: Learner) -> str | None:
     """Whether dropping rows changes the output for the others, tried on one task."""
-    trial = _trial(request, double=False, noise=1.0)
-    x = pytree.tree_map(lambda leaf: leaf[0], trial.batch.support.x)
+    small = trial(request, double=False, noise=1.0)
+    x = pytree.tree_map(lambda leaf: leaf[0], small.batch.support.x)
     rows = pytree.tree_leaves(x)[0].shape[0]
     half = pytree.tree_map(lambda leaf: leaf[: (rows + 1) // 2], x)
-    values = {**trial.params, **trial.frozen}
+    values = {**small.params, **small.frozen}
     params = {n: v[0] if n in request.per_task else v for n, v in values.items()}
     with learner.session(), torch.no_grad():
         whole, part = learner(params, x), learner(params, half)
@@ -230,78 +230,26 @@ def _rows_mix(request: Request, learner: Learner) -> str | None:
     return None
 
 
-def _probed(request: Request, owner: Any) -> str | None:
-    return _cached(request, owner, "probe", lambda: _probe(request))
-
-
 def _probe(request: Request) -> str | None:
     """Compare two tasks with the definition; the reason if vmap cannot run them, or not rightly."""
     for double in (True, False):
-        trial = _trial(request, double)
+        small = trial(request, double)
         try:
-            want = reference.meta_grad(trial)
+            with quietly(small):
+                want = reference.meta_grad(small)
         except Exception as error:
             if double:  # the module may insist on its own dtype
                 continue
             return f"the reference cannot run it either: {_first_line(error)}"
         try:
-            with warnings.catch_warnings():
+            with quietly(small), warnings.catch_warnings():
                 # no batching rule: vmap would loop over tasks, slower than the plain loop
                 warnings.filterwarnings("error", message=".*performance drop.*")
-                got = meta_grad(trial)
+                got = meta_grad(small)
         except Exception as error:  # whatever a user's module raises under vmap is the reason
             return f"vmap cannot run it: {_first_line(error)}"
         return _disagreement(want, got, 1e-6 if double else 1e-2)
     return None
-
-
-def _trial(request: Request, double: bool, noise: float = 1e-2) -> Request:
-    """Two tasks of the request, their inputs moved a little off the ties of max-pooling."""
-    tasks = min(2, request.num_tasks)
-    generator = torch.Generator().manual_seed(0)
-
-    def cast(value: Any) -> Any:
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.double() if double and floating else value
-
-    def finite(value: Tensor, spread: float) -> Tensor:
-        value = cast(value[:tasks].detach())
-        if not value.is_floating_point():
-            return value
-        moved = torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
-        return value.nan_to_num(0.0, 1.0, -1.0) + spread * moved
-
-    def side(examples: Examples) -> Examples:
-        x = pytree.tree_map(lambda leaf: finite(leaf, noise), examples.x)
-        y = pytree.tree_map(lambda leaf: finite(leaf, 0.0), examples.y)
-        weight, index = pytree.tree_map(
-            lambda leaf: None if leaf is None else cast(leaf[:tasks]),
-            (examples.weight, examples.index),
-        )
-        return Examples(x, y, weight, index)
-
-    def named(values: Mapping[str, Tensor]) -> Named:
-        each = request.per_task
-        return {n: cast(v.detach()[:tasks] if n in each else v.detach()) for n, v in values.items()}
-
-    given = {**request.params, **request.frozen}
-    own = {} if request.model is None else dict(request.model.named_parameters())
-    rest: Named = {name: value for name, value in own.items() if name not in given}
-    inner = pytree.tree_map(cast, request.inner)
-    return replace(
-        request,
-        batch=TaskBatch(side(request.batch.support), side(request.batch.query)),
-        params=named(request.params),
-        frozen=named({**request.frozen, **rest}),
-        inner=inner,
-        rates=resolve(inner, {name: request.shape(name) for name in request.params}),
-        loss_params=pytree.tree_map(cast, request.loss_params),
-        outer="displacement" if request.outer == "displacement" else "query",
-        task_transform=None,
-        state=None,
-        batch_norm="frozen" if request.batch_norm == "frozen" else "batch",
-        cache={"float64": double},
-    )
 
 
 def _disagreement(want: MetaGrad, got: MetaGrad, tolerance: float) -> str | None:
@@ -320,50 +268,3 @@ def _disagreement(want: MetaGrad, got: MetaGrad, tolerance: float) -> str | None
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def _cached(request: Request, owner: Any, what: str, find: Any) -> str | None:
-    """``find()``, once for each module, mode, loss and kind of batch."""
-    batch = request.batch
-    kinds = tuple((leaf.dtype, leaf.ndim) for leaf in pytree.tree_leaves(batch))
-    modes = (
-        tuple(module.training for module in request.model.modules())
-        if request.model is not None
-        else ()
-    )
-    key = (
-        what,
-        _loss_key(request.loss),
-        request.order,
-        request.batch_norm,
-        request.outer == "displacement",
-        type(request.inner),
-        request.rates.adapted,
-        request.per_task,
-        tuple(value.dtype for value in request.params.values()),
-        kinds,
-        modes,
-    )
-    try:
-        verdicts = _verdicts.setdefault(owner, {})
-    except TypeError:  # a program is a value without identity or hash: ask again
-        answer: str | None = find()
-        return answer
-    if key not in verdicts:
-        if len(verdicts) > 64:
-            verdicts.clear()
-        verdicts[key] = find()
-    return verdicts[key]
-
-
-def _loss_key(loss: Any) -> Any:
-    """What tells one loss from another: code and the kinds it closes over.
-
-    Not its identity: a lambda written inside a training loop is a new object at every call.
-    """
-    if isinstance(loss, types.MethodType):
-        return (loss.__func__.__code__, type(loss.__self__))
-    if isinstance(loss, types.FunctionType):
-        cells = loss.__closure__ or ()
-        return (loss.__code__, tuple(type(cell.cell_contents) for cell in cells))
-    return type(loss)

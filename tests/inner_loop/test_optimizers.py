@@ -1,4 +1,4 @@
-"""Inner optimizers: values against torch.optim, derivatives against differences, forms of a rate."""
+"""Inner optimizers: values against torch.optim, derivatives against differences, rates."""
 
 from __future__ import annotations
 
