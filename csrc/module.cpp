@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "door.h"
 #include "ops/gather_rows.h"
 #include "runtime.h"
 
@@ -125,4 +126,5 @@ PYBIND11_MODULE(_core, m) {
       .def("workspace_bytes", &Executor::workspace_bytes)
       .def("gradient_bytes", &Executor::gradient_bytes)
       .def("leaves_in_flight", &Executor::leaves_in_flight);
+  bind_door(m);
 }

@@ -84,7 +84,7 @@ def _layer(
         if name is not None:
             places[i] = len(names)
             names.append(name)
-    return LayerCode(op, prod(before), prod(after), *places, constant)
+    return LayerCode(op, prod(before), prod(after), places[0], places[1], constant)
 
 
 def rate_form(rate: Number, shape: tuple[int, ...]) -> RateForm:

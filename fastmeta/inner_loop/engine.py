@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fastmeta._checks import describe, type_error, value_error
 from fastmeta.batch import BatchLike, Examples, TaskBatch
-from fastmeta.inner_loop import reference, vectorized
+from fastmeta.inner_loop import door, reference, vectorized
 from fastmeta.inner_loop.learner import Learner, facts, is_classification, log_once
 from fastmeta.inner_loop.optimizers import InnerOptimizer, OptimizerState
 from fastmeta.inner_loop.request import (
@@ -147,6 +147,12 @@ def choose(request: Request, path: str = "auto") -> Choice:
     return Choice(chosen, tuple(verdicts))
 
 
+def _frame_callback() -> Any:
+    """What dynamo has hooked into the interpreter for this thread, None outside compiled code."""
+    found = torch._C._dynamo.eval_frame.get_eval_frame_callback()
+    return None if found is False else found
+
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -165,7 +171,8 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
             with torch.inference_mode(False), torch.no_grad():
                 args, kwargs = pytree.tree_map_only(Tensor, _normal, (args, kwargs))
                 return call(*args, **kwargs)
-        if "torch._dynamo" not in sys.modules:
+        # torch.export imports dynamo, so its presence does not mean that anything is compiled
+        if "torch._dynamo" not in sys.modules or _frame_callback() is None:
             return function(*args, **kwargs)
         if not disabled:
             disabled.append(
@@ -282,6 +289,21 @@ def meta_grad(
         Algorithms", sections 2 and 5; Antoniou, Edwards, Storkey (2019), "How to train your MAML",
         equation 4.
     """
+    # a call with no more than the usual arguments may be one that was prepared before
+    plain = (
+        params is None
+        and loss_params is None
+        and task_transform is None
+        and state is None
+        and isinstance(outer, str)
+        and outer == "query"
+        and batch_norm == "batch"
+    )
+    options = (order, reduction, path, backend)
+    if plain:
+        found = door.find(model, batch, inner, loss, options)
+        if found is not None:
+            return found
     request = build_request(
         model,
         params,
@@ -300,7 +322,10 @@ def meta_grad(
     )
     check_labels(request)
     with backend_context(request.backend):
-        return runner(request, path).meta_grad(request)
+        result = runner(request, path).meta_grad(request)
+    if plain and result.path == "fused":
+        door.remember(request, options)
+    return result
 
 
 def runner(request: Request, path: str) -> Path:

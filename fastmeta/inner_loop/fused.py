@@ -6,7 +6,7 @@ name. The bits of its gradients depend on the number of tasks, not on threads or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def _option(request: Request) -> str | None:
     """What was asked for that the executors do not do."""
     if request.backend not in ("auto", "cpp"):
         return f"backend {request.backend!r} has no executor of programs"
-    if not _native.available():
+    if _native.load() is None:  # which warns, once: no fallback that nobody can see
         return _native.reason()
     if type(request.inner) is not SGD:
         return f"the inner optimizer {type(request.inner).__name__} is not compiled, only SGD is"
@@ -168,9 +168,12 @@ def meta_grad(request: Request) -> MetaGrad:
         metrics["accuracy"] = out.accuracies
     losses = out.losses if out.losses is not None else out.support_losses.new_empty(0)
     state = OptimizerState(torch.full((tasks,), spec.steps), {}, {})
-    return MetaGrad(
-        Grads(grads, inner, loss_params), losses, metrics, LazyAdapted(request), state, "fused"
-    )
+    watched = [
+        (tensor, tensor._version)
+        for tensor in (*request.params.values(), batch.support.x, batch.support.y)
+    ]
+    adapted = LazyAdapted(request.rates.adapted, watched, lambda: adapt(request))
+    return MetaGrad(Grads(grads, inner, loss_params), losses, metrics, adapted, state, "fused")
 
 
 def adapt(request: Request) -> dict[str, Tensor]:
@@ -200,15 +203,21 @@ class LazyAdapted(Mapping[str, Tensor]):
 
     A training step rarely looks, and at many tasks they are large. They are those of the call's
     parameters and data: once one of these was changed in place, looking is an error.
+
+    Args:
+        names: the parameters that adapt.
+        watched: the tensors that must not change before a look, each with its version.
+        run: works them out.
     """
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        batch = request.batch
-        self._watched = [
-            (tensor, tensor._version)
-            for tensor in (*request.params.values(), batch.support.x, batch.support.y)
-        ]
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        watched: Iterable[tuple[Tensor, int]],
+        run: Callable[[], dict[str, Tensor]],
+    ) -> None:
+        self._names, self._run = names, run
+        self._watched = list(watched)
         self._values: dict[str, Tensor] | None = None
 
     def _found(self) -> dict[str, Tensor]:
@@ -219,17 +228,18 @@ class LazyAdapted(Mapping[str, Tensor]):
                     "change, got a tensor changed in place; call fastmeta.adapt instead"
                 )
             with torch.no_grad():
-                self._values = adapt(self._request)
+                self._values = self._run()
+            self._watched = []
         return self._values
 
     def __getitem__(self, name: str) -> Tensor:
         return self._found()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._request.rates.adapted)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._request.rates.adapted)
+        return len(self._names)
 
 
 def _found(request: Request) -> tuple[Program, Chain]:

@@ -47,6 +47,11 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced_backend() -> str | None:
+    """What an enclosing :func:`backend` block forces, or None."""
+    return _forced.get()
+
+
 def current_backend(explicit: str = "auto") -> str:
     """The backend that is asked for here and now.
 

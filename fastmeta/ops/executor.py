@@ -20,7 +20,7 @@ from torch import Tensor
 from fastmeta import _native
 from fastmeta._checks import describe, type_error, value_error
 
-__all__ = ["OPS", "LayerCode", "ParamCode", "Rows", "Spec", "check", "compute", "run"]
+__all__ = ["OPS", "LayerCode", "ParamCode", "Rows", "Spec", "check", "compute", "library", "run"]
 
 OPS = (
     "linear",
@@ -35,6 +35,11 @@ OPS = (
     "elu",
 )
 """The layers that the executors run, by code."""
+
+
+def library() -> Any:
+    """A handle on the ``fastmeta`` namespace of registered operators, to be kept."""
+    return torch.library.Library("fastmeta", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 class LayerCode(NamedTuple):
@@ -143,7 +148,7 @@ def _parsed(text: str) -> Spec:
 
 
 class Rows(NamedTuple):
-    """Rows of T tasks: ``x [T, S, ...]`` with D numbers a row, ``y [T, S, ...]``, ``weight [T, S]``.
+    """Rows of T tasks: ``x [T, S, ...]`` with D numbers a row, ``y``, and ``weight [T, S]``.
 
     Rows of weight zero are left out, whatever stands in them.
     """

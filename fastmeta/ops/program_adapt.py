@@ -9,8 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.ops.executor import Outputs, Rows, Spec, check, compute
-from fastmeta.ops.program_meta_grad import adapt_one, loop_over, no_double_backward
+from fastmeta.ops.executor import Outputs, Rows, Spec, check, compute, library
+from fastmeta.ops.program_meta_grad import (
+    adapt_one,
+    loop_over,
+    no_double_backward,
+    one_task,
+)
 
 __all__ = ["program_adapt", "program_adapt_reference", "program_adapt_vjp"]
 
@@ -67,8 +72,7 @@ def program_adapt_reference(
     ends, losses = [], []
     for task in range(support.x.shape[0]):
         at = [p[task] if c.per_task else p for p, c in zip(params, spec.params, strict=True)]
-        rows = Rows(*(None if value is None else value[task] for value in support))
-        end, found = adapt_one(spec, at, rates, rows)
+        end, found = adapt_one(spec, at, rates, one_task(support, task))
         ends.append([p for p, code in zip(end, spec.params, strict=True) if code.adapts])
         losses.append(found)
     return [torch.stack(column) for column in zip(*ends, strict=True)], torch.stack(losses)
@@ -99,7 +103,7 @@ def program_adapt_vjp(
     return compute(replace(spec, reverse=True), params, rates, support, None, cotangents=every)
 
 
-_lib = torch.library.Library("fastmeta", "FRAGMENT")
+_lib = library()
 _lib.define(
     "program_adapt(str spec, Tensor[] params, Tensor?[] rates, Tensor support_x, "
     "Tensor support_y, Tensor? support_weight) -> (Tensor[], Tensor)"

@@ -9,13 +9,13 @@ fixed tree. The derivations of every layer's rules are in ``fastmeta/program/REA
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmeta.ops.executor import LayerCode, Outputs, Rows, Spec, check, compute
+from fastmeta.ops.executor import LayerCode, Outputs, Rows, Spec, check, compute, library
 
 __all__ = ["meta_value", "program_meta_grad", "program_meta_grad_reference"]
 
@@ -83,8 +83,8 @@ def program_meta_grad_reference(
     losses, support_losses = [], []
     for task in range(support.x.shape[0]):
         at = [p[task] if c.per_task else p for p, c in zip(params, spec.params, strict=True)]
-        at, found = adapt_one(spec, at, rates, _one(support, task))
-        losses.append(task_loss(spec, at, _one(query, task)))
+        at, found = adapt_one(spec, at, rates, one_task(support, task))
+        losses.append(task_loss(spec, at, one_task(query, task)))
         support_losses.append(found)
     return torch.stack(losses), torch.stack(support_losses)
 
@@ -142,7 +142,7 @@ def _layer(layer: LayerCode, params: Sequence[Tensor], x: Tensor) -> Tensor:
         y = centred / (centred.square().mean(0) + layer.constant).sqrt()
         y = y if weight is None else y * weight
         return y if bias is None else y + bias
-    functions = {
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
         "relu": f.relu,
         "leaky_relu": lambda z: f.leaky_relu(z, layer.constant),
         "tanh": torch.tanh,
@@ -155,14 +155,15 @@ def _layer(layer: LayerCode, params: Sequence[Tensor], x: Tensor) -> Tensor:
     return functions[layer.op](x)
 
 
-def _one(rows: Rows, task: int) -> Rows:
-    return Rows(*(None if value is None else value[task] for value in rows))
+def one_task(rows: Rows, task: int) -> Rows:
+    weight = None if rows.weight is None else rows.weight[task]
+    return Rows(rows.x[task], rows.y[task], weight)
 
 
 # ---- the registered operator
 
 
-_lib = torch.library.Library("fastmeta", "FRAGMENT")
+_lib = library()
 _lib.define(
     "program_meta_grad(str spec, Tensor[] params, Tensor?[] rates, Tensor support_x, "
     "Tensor support_y, Tensor? support_weight, Tensor query_x, Tensor query_y, "
@@ -182,7 +183,10 @@ def _operator(
     query_weight: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    support, query = Rows(support_x, support_y, support_weight), Rows(query_x, query_y, query_weight)
+    support, query = (
+        Rows(support_x, support_y, support_weight),
+        Rows(query_x, query_y, query_weight),
+    )
     out = program_meta_grad(Spec.from_json(spec), params, rates, support, query, scale=scale)
     if out.losses is None or out.grads is None:
         raise ValueError(f"{_OP}: spec must ask for a query and a gradient")
@@ -272,9 +276,9 @@ class _MetaValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if cotangents[0] is None:
-            return (None,) * (2 + ctx.total)
+            return tuple([None] * (2 + ctx.total))
         known = len(ctx.saved_tensors) - ctx.count
-        scaled = iter(_Scaled.apply(cotangents[0], known, *ctx.saved_tensors))  # type: ignore[no-untyped-call]
+        scaled: Iterator[Tensor] = iter(_Scaled.apply(cotangents[0], known, *ctx.saved_tensors))  # type: ignore[no-untyped-call]
         params = [next(scaled) for _ in range(ctx.count)]
         rates = [next(scaled) if wanted else None for wanted in ctx.with_rate]
         return (None, None, *params, *rates, *(None,) * (ctx.total - 2 * ctx.count))
