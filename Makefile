@@ -13,13 +13,13 @@ PYTHON ?= python3
 BIN ?=
 PY := $(BIN)python
 STAGE := .ci/stage
+comma := ,
 
 # Every pip, and the isolated builds that it starts, through the tested versions.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-comma := ,
 TEST_ENV := .venv-test
 DEMO_ENV := .venv-demo
 # Tests run from a folder without the sources, so that they see what was installed.
@@ -81,23 +81,25 @@ isa: outside
 	cd $(OUTSIDE) && for isa in $$($(PY) -c "import torch, fastmeta._core as c; print(*c.isas())"); \
 	do FASTMETA_ISA=$$isa $(PY) -m pytest -q tests --ignore=tests/packaging -m native; done
 
-# The same tests on a core built with the address and undefined-behaviour sanitizers. Python itself
-# is not, so the runtime libraries (g++'s, here and below) are loaded before it; libstdc++ too, so
-# that the sanitizer finds the functions behind C++ exceptions.
+# The same tests on a core built with sanitizers: $(1) which, $(2) the runtime, $(3) its options.
+# Python itself is not built with them, so g++'s runtime is loaded before it; libstdc++ too, so that
+# the sanitizer finds the functions behind C++ exceptions.
+define sanitized
+	FASTMETA_SANITIZE=$(1) $(PY) setup.py -q build --build-base build/$(2) \
+		--build-lib build/$(2)/lib
+	lib() { $${CXX:-c++} -print-file-name=$$1.so; }; \
+	cd $(OUTSIDE) && PYTHONPATH=$(CURDIR)/build/$(2)/lib $(3) \
+		LD_PRELOAD="$$(lib lib$(2)) $$(lib libstdc++)" \
+		$(PY) -m pytest -q tests --ignore=tests/packaging -m native -p no:faulthandler \
+		--capture=sys  # a report goes to the descriptor, which pytest would keep to itself
+endef
+
 sanitize: outside
-	FASTMETA_SANITIZE=address,undefined $(PY) setup.py -q build --build-base build/asan \
-		--build-lib build/asan/lib
-	cd $(OUTSIDE) && PYTHONPATH=$(CURDIR)/build/asan/lib ASAN_OPTIONS=detect_leaks=0 \
-		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-		$(PY) -m pytest -q tests --ignore=tests/packaging -m native -p no:faulthandler
+	$(call sanitized,address$(comma)undefined,asan,ASAN_OPTIONS=detect_leaks=0)
 
 # Only the std::thread build: the thread sanitizer reports false races from OpenMP's barriers.
 sanitize-thread: outside
-	FASTMETA_SANITIZE=thread $(PY) setup.py -q build --build-base build/tsan \
-		--build-lib build/tsan/lib
-	cd $(OUTSIDE) && PYTHONPATH=$(CURDIR)/build/tsan/lib OMP_NUM_THREADS=1 \
-		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libtsan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-		$(PY) -m pytest -q tests --ignore=tests/packaging -m native -p no:faulthandler
+	$(call sanitized,thread,tsan,TSAN_OPTIONS=ignore_noninstrumented_modules=1)
 
 bench-smoke: outside
 	cd $(OUTSIDE) && if [ -d benchmarks ]; then $(PY) -m pytest -q benchmarks --benchmark-disable; \
