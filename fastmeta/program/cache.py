@@ -88,19 +88,24 @@ def _structure(model: nn.Module) -> Hashable:
     seen: list[Any] = []
     stack = [model]
     for module in stack:  # it grows as the submodules come in
-        own = module.__dict__
-        seen += (id(module), type(module), own["training"])
+        own = module.__dict__  # attribute by attribute this would be the most of a call's cost
+        seen.append(id(module))
+        seen.append(type(module))
+        seen.append(own["training"])
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             seen += ("forward", *own["_forward_hooks"], "pre", *own["_forward_pre_hooks"])
         if own["_backward_hooks"] or own["_backward_pre_hooks"]:
             seen.append("backward")
-        for name, p in own["_parameters"].items():
+        if own["_parameters"]:
+            seen += own["_parameters"]
+            try:
+                for p in own["_parameters"].values():
+                    seen.append(None if p is None else p.shape)
+            except RuntimeError as error:  # a lazy one
+                reason = "a lazy parameter is not initialized: run the module once"
+                raise Unsupported(reason) from error
             if p is not None:
-                try:
-                    seen += (name, p.shape, p.dtype)
-                except RuntimeError as error:  # a lazy one
-                    reason = f"parameter {name!r} is not initialized: run the module once"
-                    raise Unsupported(reason) from error
+                seen.append(p.dtype)
         if own["_modules"]:
             stack += [child for child in own["_modules"].values() if child is not None]
     return tuple(seen)

@@ -476,7 +476,7 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "lazy module": (
         lambda: nn.LazyLinear(3),
         X,
-        "parameter 'weight' is not initialized: run the module once",
+        "a lazy parameter is not initialized: run the module once",
     ),
     "integers": (
         lambda: nn.Embedding(4, 3),
