@@ -110,6 +110,10 @@ PYBIND11_MODULE(_core, m) {
     for (Isa isa : supported_isas()) names.push_back(isa_name(isa));
     return names;
   });
+  m.def("fma_burst", [](const std::string& isa, bool is_double, long iterations) {
+    py::gil_scoped_release release;
+    return fma_burst(isa_of(isa), is_double, iterations);
+  });
   m.def("gather_rows", [](std::uintptr_t table, std::int64_t width, std::uintptr_t rows,
                           std::int64_t n, float divisor, std::uintptr_t out, int threads) {
     py::gil_scoped_release release;

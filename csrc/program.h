@@ -97,6 +97,7 @@ struct Kernels {
                    int last, void* gradient);
   void (*add)(void* into, const void* other, long size);
   void (*unpack)(const Plan&, const Call&, const void* gradient);
+  long (*fma_burst)(long iterations);  // for measuring the peak; returns its operations
 };
 
 }  // namespace fastmeta

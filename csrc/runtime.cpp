@@ -68,6 +68,11 @@ Isa isa_of(const std::string& name) {
   throw std::invalid_argument("isa must be one of " + known + ", got '" + name + "'");
 }
 
+long fma_burst(Isa isa, bool is_double, long iterations) {
+  const IsaEntry& entry = entry_of(isa);
+  return (is_double ? entry.twice : entry.single)->fma_burst(iterations);
+}
+
 void FreeAligned::operator()(char* p) const { std::free(p); }
 
 Buffer zeroed(long bytes) {

@@ -16,6 +16,9 @@ Isa best_isa();
 const char* isa_name(Isa isa);
 Isa isa_of(const std::string& name);  // throws std::invalid_argument
 
+// Multiply-adds on registers alone, on this thread; returns the floating-point operations done.
+long fma_burst(Isa isa, bool is_double, long iterations);
+
 // Consecutive tasks whose gradients are added one after the other; leaves are then added as a
 // binary counter carries: whenever two finished subtrees have the same size they become one. The
 // tree depends on the number of tasks alone, so that the sum has the same bits at any thread

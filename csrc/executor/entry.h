@@ -2,6 +2,7 @@
 // FASTMETA_ISA_NAME and FASTMETA_VECTOR_BYTES.
 #pragma once
 
+#include "peak.h"
 #include "task.h"
 
 namespace fastmeta {
@@ -100,7 +101,8 @@ void unpack(const Plan& plan, const Call& call, const void* gradient) {
 template <class R>
 constexpr Kernels kernels() {
   return {workspace_bytes<R>, workspace_init<R>, shared_bytes<R>, pack_shared<R>,
-          gradient_size<R>,   run_leaf<R>,       add<R>,          unpack<R>};
+          gradient_size<R>,   run_leaf<R>,       add<R>,          unpack<R>,
+          fma_burst<R>};
 }
 
 }  // namespace FASTMETA_ISA_NAME
