@@ -14,13 +14,14 @@ from torch.utils import _pytree as pytree
 from fastmeta._checks import describe, type_error, value_error
 from fastmeta.batch import Examples, TaskBatch
 from fastmeta.inner_loop import vectorized
-from fastmeta.inner_loop.engine import PathName, check_labels, choose, public, runner
+from fastmeta.inner_loop.engine import PathName, choose, public, runner
+from fastmeta.inner_loop.first_use import check_first_use
 from fastmeta.inner_loop.learner import Learner
-from fastmeta.inner_loop.norms import PrimitiveNorms
 from fastmeta.inner_loop.optimizers import InnerOptimizer, OptimizerState
 from fastmeta.inner_loop.request import BatchNormOption, Request, build_request
 from fastmeta.ops.backend import backend as backend_context
 from fastmeta.program.ir import Program
+from fastmeta.program.norms import PrimitiveNorms
 
 __all__ = ["Adapted", "AdaptedTask", "adapt"]
 
@@ -198,7 +199,7 @@ def adapt(
         backend=backend,
         op="adapt",
     )
-    check_labels(request)
+    check_first_use(request)
     with backend_context(request.backend):
         chosen = choose(request, path).path
         adapted = runner(request, chosen).adapt(request)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastmeta._checks import describe, type_error, value_error
-from fastmeta.batch import BatchLike, Examples, TaskBatch
-from fastmeta.inner_loop import door, reference, vectorized
-from fastmeta.inner_loop.learner import Learner, facts, is_classification, log_once
+from fastmeta.batch import BatchLike, TaskBatch
+from fastmeta.inner_loop import door, fused, reference, vectorized
+from fastmeta.inner_loop.first_use import check_first_use
+from fastmeta.inner_loop.learner import facts, log_once
 from fastmeta.inner_loop.optimizers import InnerOptimizer, OptimizerState
 from fastmeta.inner_loop.request import (
     BatchNormOption,
@@ -80,25 +80,16 @@ class Choice(NamedTuple):
     verdicts: tuple[Verdict, ...]
 
 
-_fused_exists = importlib.util.find_spec("fastmeta.inner_loop.fused") is not None
-
-
-def _path(name: str) -> Path | None:
-    if name == "fused":
-        if not _fused_exists:
-            return None
-        from fastmeta.inner_loop import fused
-
-        return cast(Path, fused)
-    return cast(Path, vectorized if name == "vectorized" else reference)
+_FILES = {
+    "fused": cast(Path, fused),
+    "vectorized": cast(Path, vectorized),
+    "reference": cast(Path, reference),
+}
 
 
 def verdict(request: Request, name: str) -> Verdict:
     """What one path says about a request."""
-    path = _path(name)
-    if path is None:
-        return Verdict(name, "this installation has no fused path")
-    reason = path.why_not(request)
+    reason = _FILES[name].why_not(request)
     slower = vectorized.slower(request) if name == "vectorized" and reason is None else None
     return Verdict(name, reason, slower)
 
@@ -147,12 +138,6 @@ def choose(request: Request, path: str = "auto") -> Choice:
     return Choice(chosen, tuple(verdicts))
 
 
-def _frame_callback() -> Any:
-    """What dynamo has hooked into the interpreter for this thread, None outside compiled code."""
-    found = torch._C._dynamo.eval_frame.get_eval_frame_callback()
-    return None if found is False else found
-
-
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -164,23 +149,27 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
     error that says so. The compiler is not imported for this: that costs a second.
     """
     disabled: list[Callable[_P, _R]] = []
+    hooked = torch._C._dynamo.eval_frame.get_eval_frame_callback  # dynamo's hook in this thread
+    reason = f"fastmeta.{function.__name__} runs its own kernels: let the graph break here"
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        # either this very frame is being compiled, or its callees would be; that torch.export
+        # has imported dynamo does not mean that anything is
+        if torch.compiler.is_dynamo_compiling() or (
+            "torch._dynamo" in sys.modules and hooked() not in (None, False)
+        ):
+            if not disabled:
+                disabled.append(
+                    torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call]
+                )
+            return disabled[0](*args, **kwargs)
         if torch.is_inference_mode_enabled():  # no tape, but the inner loop needs gradients
             with torch.inference_mode(False), torch.no_grad():
                 args, kwargs = pytree.tree_map_only(Tensor, _normal, (args, kwargs))
-                return call(*args, **kwargs)
-        # torch.export imports dynamo, so its presence does not mean that anything is compiled
-        if "torch._dynamo" not in sys.modules or _frame_callback() is None:
-            return function(*args, **kwargs)
-        if not disabled:
-            disabled.append(
-                torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call]
-            )
-        return disabled[0](*args, **kwargs)
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
 
-    reason = f"fastmeta.{function.__name__} runs its own kernels: let the graph break here"
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     call._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
     return call
@@ -320,7 +309,7 @@ def meta_grad(
         backend=backend,
         op="meta_grad",
     )
-    check_labels(request)
+    check_first_use(request)
     with backend_context(request.backend):
         result = runner(request, path).meta_grad(request)
     if plain and result.path == "fused":
@@ -330,76 +319,4 @@ def meta_grad(
 
 def runner(request: Request, path: str) -> Path:
     """The file of the path that a request takes."""
-    name = choose(request, path).path
-    found = _path(name)
-    if found is None:  # `choose` only returns paths that exist
-        raise value_error(request.op, "path", "be installed", repr(name))
-    return found
-
-
-_output_shapes: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[int, ...] | None]]
-_output_shapes = weakref.WeakKeyDictionary()
-
-
-def check_labels(request: Request) -> None:
-    """Check integer labels ``[T, S]`` against the classes C of an output ``[S, C]``.
-
-    The output's shape is found by one forward pass at the first use of a module with rows of
-    this shape. A row of weight zero may carry any label.
-    """
-    y = request.batch.support.y
-    if not isinstance(y, Tensor) or y.ndim != 2 or y.is_floating_point() or y.dtype == torch.bool:
-        return
-    shape = _output_shape(request)
-    if shape is None or len(shape) != 1:
-        return
-    for side in ("support", "query") if request.op == "meta_grad" else ("support",):
-        _check_side(request, side, shape[0])
-
-
-def _check_side(request: Request, side: str, classes: int) -> None:
-    examples: Examples = getattr(request.batch, side)
-    y = examples.y
-    if y.dtype != torch.int64:
-        raise type_error(request.op, f"{side}.y", "be int64 where it holds labels", y)
-    if y.device.type != "cpu":
-        return
-    if examples.weight is not None:
-        y = torch.where(examples.weight > 0, y, 0)
-    low, high = torch.aminmax(y)
-    if int(low) < 0 or int(high) >= classes:
-        must = f"be labels in [0, {classes}), the classes of the output (weight 0 masks a row)"
-        raise value_error(request.op, f"{side}.y", must, f"values {int(low)} to {int(high)}")
-
-
-def _output_shape(request: Request) -> tuple[int, ...] | None:
-    """The shape of one row of the output, or None if rows cannot be told apart in it."""
-    if request.program is not None:
-        return tuple(request.program.output_shape)
-    if request.model is None:
-        return None
-    leaves = pytree.tree_leaves(request.batch.support.x)
-    key = (
-        tuple((leaf.shape[2:], leaf.dtype) for leaf in leaves),
-        tuple(request.shape(name) for name in request.params),
-    )
-    known = _output_shapes.setdefault(request.model, {})
-    if key not in known:
-        if len(known) > 64:
-            known.clear()
-        known[key] = _find_output_shape(request)
-    return known[key]
-
-
-def _find_output_shape(request: Request) -> tuple[int, ...] | None:
-    learner = Learner(request)
-    x = pytree.tree_map(lambda leaf: leaf[0], request.batch.support.x)
-    rows = pytree.tree_leaves(x)[0].shape[0]
-    values = {**request.params, **request.frozen}
-    params = {n: v[0] if n in request.per_task else v for n, v in values.items()}
-    random = bool(learner.facts.random)
-    with learner.session(), torch.no_grad(), torch.random.fork_rng(enabled=random):
-        output = learner(params, x)
-    if not is_classification(output, torch.zeros(rows, dtype=torch.int64)):
-        return None
-    return tuple(output.shape[1:])
+    return _FILES[choose(request, path).path]

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fastmeta.batch import BatchLike, TaskBatch
-from fastmeta.inner_loop.engine import PATHS, Verdict, check_labels, decide, public, verdict
+from fastmeta.inner_loop.engine import PATHS, Verdict, decide, public, verdict
+from fastmeta.inner_loop.first_use import check_first_use
 from fastmeta.inner_loop.learner import facts
 from fastmeta.inner_loop.optimizers import InnerOptimizer
 from fastmeta.inner_loop.request import (
@@ -124,7 +125,7 @@ def explain(
         backend=backend,
         op="explain",
     )
-    check_labels(request)
+    check_first_use(request)
     with backend_context(request.backend):
         verdicts = tuple(verdict(request, name) for name in PATHS)
         program, not_read = _read(request)

@@ -8,6 +8,7 @@ switched (BatchNorm's mode, attention's implementation) is switched back on the 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from fastmeta._checks import describe, type_error, value_error
 from fastmeta.batch import Examples
 from fastmeta.inner_loop.request import Request
 from fastmeta.program import interpreter
+from fastmeta.program.norms import ScaledNorms
 
 __all__ = ["Facts", "Learner", "Rows", "facts", "log_once", "note_dropped"]
 
@@ -42,6 +44,7 @@ class Facts(NamedTuple):
 
     recurrent: tuple[str, ...] = ()
     batch_norm: tuple[str, ...] = ()
+    unscaled: tuple[str, ...] = ()
     tracked: tuple[str, ...] = ()
     random: tuple[str, ...] = ()
     convolutions: tuple[str, ...] = ()
@@ -58,6 +61,8 @@ def facts(model: nn.Module | None) -> Facts:
             found["recurrent"].append(label)
         if isinstance(module, _BatchNorm):
             found["batch_norm"].append(label)
+            if not module.affine:
+                found["unscaled"].append(label)
         if isinstance(module, _NormBase) and module.track_running_stats and module.training:
             found["tracked"].append(label)
         if isinstance(module, _ConvNd):
@@ -104,6 +109,8 @@ class Learner:
                 stack.callback(torch.backends.mha.set_fastpath_enabled, True)
             if self.facts.recurrent and torch.backends.cudnn.enabled:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            if self.facts.unscaled:
+                stack.enter_context(ScaledNorms())
             if self.request.batch_norm != "track":
                 before: list[tuple[_NormBase, bool, bool]] = []
                 stack.callback(_restore, before)
@@ -290,8 +297,6 @@ _logged: dict[int, set[str]] = {}
 
 def log_once(model: object, message: str, level: int = logging.INFO) -> None:
     """Log ``message`` the first time it comes up for ``model``."""
-    import weakref
-
     key = id(model)
     if key not in _logged:
         _logged[key] = set()

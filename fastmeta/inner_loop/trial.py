@@ -8,6 +8,7 @@ measured, once for each module, mode, loss and kind of batch.
 
 from __future__ import annotations
 
+import functools
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ from fastmeta.inner_loop.optimizers import resolve
 from fastmeta.inner_loop.request import Request
 from fastmeta.inner_loop.unroll import Named
 
-__all__ = ["found_once", "no_second_derivative", "quietly", "trial"]
+__all__ = ["found_once", "loss_key", "no_second_derivative", "quietly", "trial"]
 
 _verdicts: weakref.WeakKeyDictionary[Any, dict[Any, str | None]] = weakref.WeakKeyDictionary()
 
@@ -192,13 +193,13 @@ def found_once(request: Request, what: str, find: Callable[[], str | None]) -> s
     batch = request.batch
     kinds = tuple((leaf.dtype, leaf.ndim) for leaf in pytree.tree_leaves(batch))
     modes = (
-        tuple(module.training for module in request.model.modules())
+        tuple((type(module), module.training) for module in request.model.modules())
         if request.model is not None
         else ()
     )
     key = (
         what,
-        _loss_key(request.loss),
+        loss_key(request.loss),
         request.order,
         request.batch_norm,
         request.outer == "displacement",
@@ -217,14 +218,25 @@ def found_once(request: Request, what: str, find: Callable[[], str | None]) -> s
     return verdicts[key]
 
 
-def _loss_key(loss: Any) -> Any:
-    """What tells one loss from another: code and the kinds it closes over.
+def loss_key(loss: Any, depth: int = 4) -> Any:
+    """What tells one loss from another: its code, and that of the functions it closes over.
 
     Not its identity: a lambda written inside a training loop is a new object at every call.
     """
+    if depth == 0:
+        return type(loss)
     if isinstance(loss, types.MethodType):
         return (loss.__func__.__code__, type(loss.__self__))
+    if isinstance(loss, functools.partial):
+        return (functools.partial, loss_key(loss.func, depth - 1))
     if isinstance(loss, types.FunctionType):
-        cells = loss.__closure__ or ()
-        return (loss.__code__, tuple(type(cell.cell_contents) for cell in cells))
+        cells = [_contents(cell) for cell in loss.__closure__ or ()]
+        return (loss.__code__, tuple(loss_key(value, depth - 1) for value in cells))
     return type(loss)
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet assigned
+        return None

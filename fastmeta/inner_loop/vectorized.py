@@ -23,12 +23,12 @@ from fastmeta.batch import Examples, TaskBatch
 from fastmeta.inner_loop import reference
 from fastmeta.inner_loop.learner import Learner, note_dropped
 from fastmeta.inner_loop.lift import Leaves, lift, wants_grad
-from fastmeta.inner_loop.norms import PrimitiveNorms
 from fastmeta.inner_loop.optimizers import OptimizerState
 from fastmeta.inner_loop.request import Request
 from fastmeta.inner_loop.result import Grads, MetaGrad
 from fastmeta.inner_loop.trial import found_once, no_second_derivative, quietly, trial
 from fastmeta.inner_loop.unroll import Named, Objective, Plan, outer_loss, transformed, unroll
+from fastmeta.program.norms import PrimitiveNorms
 
 __all__ = ["adapt", "meta_grad", "slower", "why_not"]
 

@@ -97,6 +97,15 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "labels-negative": (labelled(query=LABELS[1] - 1), ValueError, "query.y must be labels in"),
     "labels-dtype": (
         labelled(LABELS[0].int(), LABELS[1].int()), TypeError, "support.y must be int64"),
+    "rows-of-another-size": (
+        {"batch": (XS[..., :2], YS, XQ[..., :2], YQ)}, ValueError,
+        r"support.x must be rows that Sequential takes, got a float64 tensor of shape \[4, 2\]"),
+    "rows-of-another-rank": (
+        {"batch": (XS[..., 0], YS, XQ[..., 0], YQ)}, ValueError,
+        "support.x must be rows that Sequential takes"),
+    "targets-of-another-size": (
+        {"batch": (XS, YS[..., :0], XQ, YQ[..., :0])}, ValueError,
+        r"loss must take an output \(.* \[4, 2\]\) and targets \(.* \[4, 0\]\), got RuntimeError"),
     "loss-kind": ({"loss": "mse"}, TypeError, "loss must be a function"),
     "loss-returns-no-tensor": (
         {"loss": lambda o, y: 1.0}, TypeError, "loss must return a tensor, got 1.0"),

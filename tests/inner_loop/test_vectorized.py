@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.batch import Examples, TaskBatch
-from fastmeta.inner_loop import SGD, meta_grad, vectorized
+from fastmeta.inner_loop import SGD, meta_grad, trial, vectorized
 from fastmeta.inner_loop.request import build_request
 from tests.inner_loop.naive import mse, network, regression, rowwise, same
 
@@ -252,3 +253,17 @@ def test_a_module_that_insists_on_its_dtype_is_compared_in_it() -> None:
     batch = tuple(value.float() for value in regression())
     assert vectorized.why_not(request(Stubborn(), batch)) is None
     assert meta_grad(Stubborn(), None, batch, inner=SGD(), loss=mse).path == "vectorized"
+
+
+def test_losses_are_told_apart_by_their_code() -> None:
+    def closing(inner: Any) -> Any:
+        return lambda o, y: inner(o, y)
+
+    key = trial.loss_key
+    assert key(closing(mse)) == key(closing(mse))
+    assert key(closing(mse)) != key(closing(rowwise))
+    assert key(functools.partial(mse)) == key(functools.partial(mse))
+    assert key(functools.partial(mse)) != key(functools.partial(rowwise))
+    assert key(nn.MSELoss()) == key(nn.MSELoss())
+    assert key(nn.MSELoss()) != key(nn.L1Loss())
+    assert key(nn.MSELoss().forward) == key(nn.MSELoss().forward)

@@ -1,9 +1,9 @@
-"""Normalisation layers from primitive operations, for second derivatives under ``vmap``.
+"""Normalisation layers from primitive operations, for second derivatives that torch gets wrong.
 
 On torch 2.13 autograd through a ``vmap`` of ``torch.func.grad`` of ``layer_norm``, ``batch_norm``
 or ``instance_norm`` is silently wrong at second order (up to a few percent): the batching rules of
 their backward treat the saved statistics as constants. Written with primitive operations they are
-right, and no slower there.
+right, and no slower there. ``batch_norm`` without a scale has no second derivative at all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,40 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["PrimitiveNorms"]
+__all__ = ["PrimitiveNorms", "ScaledNorms"]
+
+
+class ScaledNorms(TorchFunctionMode):
+    """Inside this context ``batch_norm`` without a scale has one of ones.
+
+    Without a scale torch has no second derivative of it; with one its own kernels run.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Replace the one function, pass everything else on."""
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return _scaled_batch_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _scaled_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    *rest: Any,
+    **named: Any,
+) -> Tensor:
+    if weight is None:
+        weight = input.new_ones(input.shape[1])
+    return F.batch_norm(input, running_mean, running_var, weight, *rest, **named)
 
 
 class PrimitiveNorms(TorchFunctionMode):

@@ -1,0 +1,113 @@
+"""What needs one forward pass to be checked: inputs the module takes, labels, what the loss takes.
+
+The pass is made on one task at the first use of a module and a loss with rows of a shape; after
+that only the labels are looked at.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastmeta._checks import describe, type_error, value_error
+from fastmeta.batch import Examples
+from fastmeta.inner_loop.learner import Learner, Rows, is_classification, rows_of
+from fastmeta.inner_loop.request import Request
+from fastmeta.inner_loop.trial import loss_key, quietly
+
+__all__ = ["check_first_use"]
+
+_Known = dict[Any, "tuple[int, ...] | None"]
+_known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+
+
+def check_first_use(request: Request) -> None:
+    """Check what the module and the loss are given, and integer labels ``[T, S]`` at every call.
+
+    Labels are compared with the classes C of an output ``[S, C]``, on a CPU only: on another
+    device that would mean waiting for it. A row of weight zero may carry any label.
+
+    Raises:
+        TypeError: labels that are not int64.
+        ValueError: inputs the module does not take, labels out of range, or an output and targets
+            that the loss does not take.
+    """
+    owner = request.model if request.model is not None else request.program
+    batch = request.batch
+    leaves = pytree.tree_leaves((batch.support.x, batch.support.y))
+    key = (
+        tuple((leaf.shape[2:], leaf.dtype) for leaf in leaves),
+        tuple(request.shape(name) for name in request.params),
+        request.batch_norm,
+        loss_key(request.loss),
+    )
+    known = _known.setdefault(owner, {})
+    if key in known:
+        _check_labels(request, known[key])
+        return
+    rows, output = _forward(request)
+    shape = tuple(output.shape[1:]) if is_classification(output, rows.y) else None
+    _check_labels(request, shape)
+    _try_loss(request, rows, output)
+    if len(known) > 64:
+        known.clear()
+    known[key] = shape
+
+
+def _check_labels(request: Request, shape: tuple[int, ...] | None) -> None:
+    if shape is None:
+        return
+    for side in ("support", "query") if request.op != "adapt" else ("support",):
+        examples: Examples = getattr(request.batch, side)
+        y = examples.y
+        if y.dtype != torch.int64:
+            raise type_error(request.op, f"{side}.y", "be int64 where it holds labels", y)
+        if y.device.type != "cpu":
+            continue
+        if examples.weight is not None:
+            y = torch.where(examples.weight > 0, y, 0)
+        low, high = torch.aminmax(y)
+        if int(low) < 0 or int(high) >= shape[0]:
+            classes = f"[0, {shape[0]}), the classes of the output (weight 0 masks a row)"
+            found = f"values {int(low)} to {int(high)}"
+            raise value_error(request.op, f"{side}.y", f"be labels in {classes}", found)
+
+
+def _forward(request: Request) -> tuple[Rows, Any]:
+    """The first task's support rows, and the output for them."""
+    learner = Learner(request)
+    rows = rows_of(request.batch[0].support, drop=True)
+    values = {**request.params, **request.frozen}
+    params = {n: v[0] if n in request.per_task else v for n, v in values.items()}
+    with quietly(request), learner.session(), torch.no_grad():
+        try:
+            return rows, learner(params, rows.x)
+        except (RuntimeError, ValueError, IndexError) as error:
+            kind = "the program" if request.model is None else type(request.model).__name__
+            must = f"be rows that {kind} takes"
+            raise value_error(request.op, "support.x", must, _words(rows.x, error)) from error
+
+
+def _try_loss(request: Request, rows: Rows, output: Any) -> None:
+    if request.loss is None:
+        return
+    with quietly(request), torch.no_grad():
+        try:
+            request.loss(output, rows.y, **(request.loss_params or {}))
+        except (RuntimeError, ValueError, IndexError) as error:
+            given = f"an output ({_describe(output)}) and targets ({_describe(rows.y)})"
+            words = f"{type(error).__name__}: {error}"
+            raise value_error(request.op, "loss", f"take {given}", words) from error
+
+
+def _words(value: Any, error: Exception) -> str:
+    return f"{_describe(value)}: {type(error).__name__}: {error}"
+
+
+def _describe(value: Any) -> str:
+    leaves = pytree.tree_leaves(value)
+    return ", ".join(describe(leaf) for leaf in leaves if isinstance(leaf, Tensor)) or "no tensor"
