@@ -124,16 +124,21 @@ void Executor::reserve(int threads, int slots) {
 
 void Executor::check_labels(const Call& call) const {
   if (plan_.loss.kind != LossKind::cross_entropy) return;
-  const auto check = [&](const void* labels, int rows, const char* name) {
+  const auto masked = [&](const void* weight, long i) {
+    if (weight == nullptr) return false;
+    return element_ == 8 ? static_cast<const double*>(weight)[i] == 0
+                         : static_cast<const float*>(weight)[i] == 0;
+  };
+  const auto check = [&](const void* labels, const void* weight, int rows, const char* name) {
     const long long* y = static_cast<const long long*>(labels);
     for (long i = 0; i < static_cast<long>(call.tasks) * rows; i++)
-      if (y[i] < 0 || y[i] >= plan_.outputs)
+      if ((y[i] < 0 || y[i] >= plan_.outputs) && !masked(weight, i))
         throw std::invalid_argument(std::string(name) + " must hold labels from 0 to " +
                                     std::to_string(plan_.outputs - 1) + ", got " +
                                     std::to_string(y[i]) + " in task " + std::to_string(i / rows));
   };
-  check(call.support_y, plan_.support_rows, "support.y");
-  if (plan_.query_rows > 0) check(call.query_y, plan_.query_rows, "query.y");
+  check(call.support_y, call.support_weight, plan_.support_rows, "support.y");
+  if (plan_.query_rows > 0) check(call.query_y, call.query_weight, plan_.query_rows, "query.y");
 }
 
 void Executor::run(const Call& call, int threads) {

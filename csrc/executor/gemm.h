@@ -104,7 +104,7 @@ void tile(const TileArgs<R>& args, long row0, long col0) {
     const R* gate = args.epilogue.gate + row0 * args.epilogue.ld_gate + col0;
     FASTMETA_UNROLL for (int r = 0; r < Rows; r++)
       FASTMETA_UNROLL for (int j = 0; j < Vectors; j++)
-        acc[r][j] = load(gate + r * args.epilogue.ld_gate + j * W) > R(0) ? acc[r][j] : V<R>{};
+        acc[r][j] = load(gate + r * args.epilogue.ld_gate + j * W) <= R(0) ? V<R>{} : acc[r][j];
   }
   FASTMETA_UNROLL for (int r = 0; r < Rows; r++)
     FASTMETA_UNROLL for (int j = 0; j < Vectors; j++) store(c + r * args.ldc + j * W, acc[r][j]);
@@ -181,6 +181,8 @@ void gemm(int rows, int cols, const Product<R>* products, int count, R scale, co
     columns<R>(rows, cols, {products, count, scale, base, ld_base, c, ldc, epilogue});
     return;
   }
+  while (products[count - 1].depth == 0) count--;  // some product is deep
+  bool first = true;
   for (int p = 0; p < count; p++) {
     for (int k = 0; k < products[p].depth; k += kDepthBlock) {
       Product<R> block = products[p];
@@ -188,10 +190,10 @@ void gemm(int rows, int cols, const Product<R>* products, int count, R scale, co
       block.depth = left < kDepthBlock ? left : kDepthBlock;
       block.a += k * block.step;
       block.b += k * block.ldb;
-      const bool first = p == 0 && k == 0;
       const bool last = p == count - 1 && left <= kDepthBlock;
       columns<R>(rows, cols, {&block, 1, scale, first ? base : c, first ? ld_base : ldc, c, ldc,
                               last ? epilogue : Epilogue<R>{}});
+      first = false;
     }
   }
 }

@@ -21,6 +21,7 @@ void row_coefficients(const Loss& loss, const R* weight, int rows, R* coefficien
 template <class R>
 struct LossArgs {
   int rows;
+  const R* weight;  // [rows]; null: ones
   int cols;
   long ld;
   const R* coefficient;  // [rows]
@@ -59,7 +60,7 @@ LossValue<R> mse(const LossArgs<R>& args, const R* target) {
 template <class R>
 LossValue<R> cross_entropy(const LossArgs<R>& args, const long long* label) {
   constexpr int W = Vec<R>::width;
-  R loss = 0, hits = 0;
+  R loss = 0, hits = 0, weights = 0;
   for (int n = 0; n < args.rows; n++) {
     const R c = args.coefficient[n];
     const R* o = args.output + n * args.ld;
@@ -83,9 +84,11 @@ LossValue<R> cross_entropy(const LossArgs<R>& args, const long long* label) {
     }
     d[label[n]] -= c;
     loss += c * (top + Math<R>::log(total) - o[label[n]]);
-    hits += best == label[n];
+    const R weight = args.weight != nullptr ? args.weight[n] : R(1);
+    hits += best == label[n] ? weight : R(0);
+    weights += weight;
   }
-  return {loss, hits / args.rows};
+  return {loss, hits / weights};
 }
 
 // R{d}: 2 c ro for the squared error, c (p ro - p (p . ro)) for cross-entropy. `ro` becomes rd.

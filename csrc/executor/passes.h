@@ -41,8 +41,8 @@ BatchNormArgs<R> batch_norm_args(const Geometry<R>& g, const Pass<R>& pass, cons
 template <class R>
 LossArgs<R> loss_args(const Geometry<R>& g, const Pass<R>& pass) {
   const int last = g.plan->layer_count - 1;
-  return {pass.rows,     g.plan->outputs,  g.ld(g.plan->outputs), pass.coefficient, pass.out[last],
-          pass.probability, pass.dout[last]};
+  return {pass.rows,   pass.weight,    g.plan->outputs,  g.ld(g.plan->outputs),
+          pass.coefficient, pass.out[last], pass.probability, pass.dout[last]};
 }
 
 // `shift`, where given, is the low-rank part of a first layer's weight: W = W_0 + X_s^T shift.
@@ -323,7 +323,7 @@ void r_backward(const Workspace<R>& ws, const View<R>* theta, const View<R>* tan
     } else if (layer.op == Op::batch_norm) {
       if (g.needs_input_gradient(l))
         batch_norm_r_vjp<R>(batch_norm_args(g, pass, theta, l), vector_of(tangent, w), ws.q[l],
-                            ws.rxhat[l], dy, pass.dout[l - 1], rd, ws.rdin[l]);
+                            ws.rxhat[l], dy, rd, ws.rdin[l]);
       if (w >= 0)
         vector_gradient<R>(g, w, pass.rows, rd, pass.keep1[l], dy, ws.rxhat[l], sink);
       rd = ws.rdin[l];

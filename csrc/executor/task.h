@@ -101,6 +101,7 @@ void load_rows(const Geometry<R>& g, const void* x, const void* y, const void* w
     pass->y = pass->packed_y;
     kept_weight = pass->packed_weight;
   }
+  pass->weight = kept_weight;
   row_coefficients<R>(plan.loss, kept_weight, pass->rows, pass->coefficient);
   if (pass->input != nullptr) {
     const long ld = g.ld(plan.features);

@@ -7,7 +7,8 @@ namespace fastmeta {
 namespace FASTMETA_ISA_NAME {
 
 // out [cols, ld_out] = in [rows, ld_in] transposed. Padding of `out` beyond `rows` is not written,
-// but for whole vectors of the fast version, which take zeros from the padding of `in`.
+// but for whole vectors of the fast version, which take zeros from the padding of `in`. Nothing is
+// read beyond column ld_in: `in` may be a tensor of the caller's, without padding.
 template <class R>
 void transpose(int rows, int cols, const R* in, long ld_in, R* out, long ld_out) {
   for (int r = 0; r < rows; r++)
@@ -26,8 +27,8 @@ void transpose<float>(int rows, int cols, const float* in, long ld_in, float* ou
     return __builtin_shufflevector(*reinterpret_cast<const quad*>(low),
                                    *reinterpret_cast<const quad*>(high), 0, 1, 2, 3, 4, 5, 6, 7);
   };
-  const int whole = rows / 8 * 8;
   for (int c = 0; c < cols; c += 8) {
+    const int whole = c + 8 <= ld_in ? rows / 8 * 8 : 0;
     for (int r = 0; r < whole; r += 8) {
       const float* block = in + r * ld_in + c;
       oct t[8];

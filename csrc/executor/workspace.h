@@ -147,7 +147,8 @@ struct Pass {
   const R* x;
   long ld_x;
   const void* y;
-  R* coefficient;  // [rows]
+  const R* weight;  // [rows]; null: ones
+  R* coefficient;   // [rows]
   R* packed_x;     // [rows, features], rows of positive weight
   R* packed_y;     // [rows, outputs], or labels
   R* packed_weight;

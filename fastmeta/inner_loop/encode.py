@@ -92,7 +92,7 @@ def rate_form(rate: Number, shape: tuple[int, ...]) -> RateForm:
     if not isinstance(rate, Tensor):
         return RateForm()
     per_element = any(size != 1 for size in rate.shape[1:])
-    return RateForm(rate.shape[0] > 1, per_element, rate.requires_grad)
+    return RateForm(rate.shape[0] != 1, per_element, rate.requires_grad)
 
 
 @lru_cache(maxsize=256)

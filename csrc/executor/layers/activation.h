@@ -77,11 +77,17 @@ void smooth_forward(const ActivationArgs<R>& args) {
   }
 }
 
+// slope * x, where ReLU's slope of zero makes zero of everything, infinity and NaN included.
+template <class R>
+FASTMETA_INLINE V<R> sloped(R slope, V<R> x) {
+  return slope == R(0) ? V<R>{} : slope * x;
+}
+
 template <class R>
 void leaky_forward(R* value, long size, R slope) {
   for (long i = 0; i < size; i += Vec<R>::width) {
     const V<R> z = load(value + i);
-    store(value + i, z < R(0) ? slope * z : z);
+    store(value + i, z < R(0) ? sloped<R>(slope, z) : z);
   }
 }
 
@@ -101,12 +107,13 @@ void activation_forward(Op op, const ActivationArgs<R>& args) {
   }
 }
 
-// d = slope(y) * d in place, for the piecewise linear layers: the VJP, and both R-rules.
+// d = slope(y) * d in place, for the piecewise linear layers: the VJP, and both R-rules. As in
+// torch, a NaN in y lets d through.
 template <class R>
 void leaky_gate(const R* y, R* d, long size, R slope) {
   for (long i = 0; i < size; i += Vec<R>::width) {
     const V<R> x = load(d + i);
-    store(d + i, load(y + i) > R(0) ? x : slope * x);
+    store(d + i, load(y + i) <= R(0) ? sloped<R>(slope, x) : x);
   }
 }
 

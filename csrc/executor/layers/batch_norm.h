@@ -39,7 +39,8 @@ void batch_norm_forward(const BatchNormArgs<R>& args, const R* beta, R eps, R* v
       var += c * c;
     }
     V<R> s = var * share + eps;
-    for (int i = 0; i < Vec<R>::width; i++) s[i] = R(1) / Math<R>::sqrt(s[i]);
+    for (int i = 0; i < Vec<R>::width; i++)  // eps may be 0, and the padding must stay zero
+      s[i] = j + i < args.cols ? R(1) / Math<R>::sqrt(s[i]) : R(0);
     store(args.inverse_std + j, s);
     const V<R> gamma = gamma_at(args.gamma, j);
     const V<R> shift = beta != nullptr ? load(beta + j) : V<R>{};
@@ -119,32 +120,37 @@ void batch_norm_r_forward(const BatchNormArgs<R>& args, bool has_rz, const R* rg
   }
 }
 
-// With g = gamma dy, rg = rgamma dy + gamma rdy, a = mean(g), b = mean(g xhat):
+// With g = gamma dy, rg = rgamma dy + gamma rdy, a = mean(g), b = mean(g xhat), as in the VJP
+// dz = s (g - a - xhat b):
 //   rdz = -s q dz + s (rg - mean(rg) - rxhat b - xhat mean(rg xhat + g rxhat)).
+// dz is made again: the VJP's may have passed through a gate in place since.
 template <class R>
 void batch_norm_r_vjp(const BatchNormArgs<R>& args, const R* rgamma, const R* q_in, const R* rxhat,
-                      const R* dy, const R* dz, const R* rdy, R* rdz) {
+                      const R* dy, const R* rdy, R* rdz) {
   const R share = R(1) / args.rows;
   for (long j = 0; j < args.cols; j += Vec<R>::width) {
     const V<R> gamma = gamma_at(args.gamma, j), s = load(args.inverse_std + j), q = load(q_in + j);
     const V<R> rscale = rgamma != nullptr ? load(rgamma + j) : V<R>{};
-    V<R> b = V<R>{}, ra = V<R>{}, rb = V<R>{};
+    V<R> a = V<R>{}, b = V<R>{}, ra = V<R>{}, rb = V<R>{};
     for (int r = 0; r < args.rows; r++) {
       const long at = r * args.ld + j;
       const V<R> d = load(dy + at), x = load(args.xhat + at);
       const V<R> g = gamma * d, rg = rscale * d + gamma * load(rdy + at);
+      a += g;
       b += g * x;
       ra += rg;
       rb += rg * x + g * load(rxhat + at);
     }
+    a *= share;
     b *= share;
     ra *= share;
     rb *= share;
     for (int r = 0; r < args.rows; r++) {
       const long at = r * args.ld + j;
       const V<R> x = load(args.xhat + at);
+      const V<R> dz = s * (gamma * load(dy + at) - a - x * b);
       const V<R> rg = rscale * load(dy + at) + gamma * load(rdy + at);
-      store(rdz + at, s * (rg - ra - load(rxhat + at) * b - x * rb - q * load(dz + at)));
+      store(rdz + at, s * (rg - ra - load(rxhat + at) * b - x * rb - q * dz));
     }
   }
 }
