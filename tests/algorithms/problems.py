@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.batch import TaskBatch
+from tests.tolerances import FLOAT64, assert_close
 
 Loss = Callable[..., Tensor]
-FLOAT64 = {"rtol": 1e-10, "atol": 1e-12}  # a few thousand roundings, at values near one
 
 
 def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -69,3 +69,14 @@ def grads_of(module: nn.Module) -> dict[str, Tensor]:
 
 def flat(values: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([value.flatten() for value in values.values()])
+
+
+def assert_same(got: Tensor | Mapping[str, Tensor], want: Tensor | Mapping[str, Tensor]) -> None:
+    """Two ways to compute the same numbers in float64, one tensor each or a group by name."""
+    pair = [_detached(value) for value in (got, want)]
+    assert_close(pair[0], pair[1], FLOAT64, "two ways to the same numbers")
+
+
+def _detached(value: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    group = value if isinstance(value, Mapping) else {"value": value}
+    return {name: tensor.detach() for name, tensor in group.items()}
