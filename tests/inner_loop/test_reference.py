@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastmeta
 from fastmeta.batch import Examples, TaskBatch
 from fastmeta.inner_loop import SGD, adapt, meta_grad
 from tests.inner_loop import naive
@@ -325,3 +326,21 @@ def test_a_plain_network_agrees_with_finite_differences() -> None:
 
     numeric = (value(1e-6) - value(-1e-6)) / 2e-6
     torch.testing.assert_close(grads["0.weight"][1, 2], numeric, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+def test_small_initial_weights_under_batch_norm_pass_the_first_use_check(network: str) -> None:
+    # weights of deviation 0.01 behind BatchNorm without a scale: sharp curvature, many kinks
+    torch.manual_seed(0)
+    net = fastmeta.nn.omniglot_mlp() if network == "mlp" else fastmeta.nn.conv4()
+    x, y = torch.rand(2, 5, 1, 28, 28), torch.arange(5).expand(2, 5)
+    result = fastmeta.meta_grad(
+        net,
+        None,
+        (x, y, x, y),
+        inner=fastmeta.SGD(lr=0.4),
+        loss=torch.nn.functional.cross_entropy,
+        path="reference",
+    )
+    assert result.path == "reference"
+    assert all(bool(grad.isfinite().all()) for grad in result.grads.params.values())
