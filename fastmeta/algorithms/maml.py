@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +143,8 @@ class MAML(Algorithm):
         Args:
             support: ``x [T, S, ...]`` and ``y [T, S, ...]``, as :class:`~fastmeta.Examples` or a
                 pair of tensors.
-            steps: inner steps in place of those of training; 0 is the initialisation itself.
+            steps: inner steps in place of those of training; 0 is the initialisation itself. With
+                a rate ``[I]`` per step, at most I of them: the first ``steps`` rates are used.
 
         Returns:
             The adapted learners: ``adapted(x)`` with ``x [T, Q, ...]`` predicts, and
@@ -163,7 +164,9 @@ class MAML(Algorithm):
         """
         inner = self.inner
         if steps is not None:
-            inner = dataclasses.replace(inner, steps=whole_number("adapt", "steps", steps))
+            steps = whole_number("adapt", "steps", steps)
+            lr = inner.lr[:steps] if _is_per_step(inner.lr) else inner.lr
+            inner = dataclasses.replace(inner, steps=steps, lr=lr)
         return adapt(
             self.model,
             None,
@@ -247,6 +250,10 @@ class MAML(Algorithm):
             leaves[place] = tensors[number]
         inner: InnerOptimizer = pytree.tree_unflatten(leaves, self._inner_spec)
         return inner
+
+
+def _is_per_step(lr: Any) -> TypeGuard[Tensor]:
+    return isinstance(lr, Tensor) and lr.ndim == 1
 
 
 def _as_tensors(lr: Any, model: nn.Module) -> Any:

@@ -101,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/...)")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     train.add_argument("--max-seconds", type=float, metavar="S", help="end the training cleanly")
+    train.add_argument(
+        "--validate-every", type=int, metavar="N", help="validate, and keep the best checkpoint"
+    )
     train.add_argument("--quiet", action="store_true", help="no progress")
     train.set_defaults(command=_train)
 
@@ -141,6 +144,7 @@ def _train(options: argparse.Namespace) -> int:
         resume=options.resume,
         chunk_size=options.chunk_size,
         max_seconds=options.max_seconds,
+        validate_every=options.validate_every,
         progress=not options.quiet,
     )
     if report is None:

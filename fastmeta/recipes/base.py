@@ -142,6 +142,12 @@ class Recipe(abc.ABC):
     ) -> dict[str, Evaluation]:
         """Evaluations on held-out tasks by label, the one that targets speak of first."""
 
+    @abc.abstractmethod
+    def validate(
+        self, learner: Algorithm, data_root: str | os.PathLike[str] | None = None
+    ) -> Evaluation:
+        """A quick evaluation on the validation split, whose last step says how good it is."""
+
     def optimizer(self, learner: Algorithm) -> torch.optim.Optimizer:
         """Adam over the meta-parameters, as in all of the published gradient-based recipes."""
         return torch.optim.Adam(learner.parameters(), lr=self.meta_lr)
@@ -153,6 +159,9 @@ class Recipe(abc.ABC):
     def notes(self) -> Sequence[str]:
         """Sentences that a reader of the report needs."""
         return ()
+
+
+VALIDATION_TASKS = 200
 
 
 def check_positive(name: str, **values: int) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from fastmeta._checks import describe, number, value_error
 from fastmeta.algorithms import MAML, Algorithm
 from fastmeta.nn import conv4, omniglot_mlp
-from fastmeta.recipes.base import Recipe, check_positive
+from fastmeta.recipes.base import VALIDATION_TASKS, Recipe, check_positive
 from fastmeta.tasks import Omniglot
 from fastmeta.training.evaluation import Evaluation, evaluate
 from fastmeta.training.report import Target
@@ -125,6 +125,18 @@ class MAMLOmniglot(Recipe):
             transductive=True,
         )
         return {f"{self.ways}-way {self.shots}-shot": result}
+
+    def validate(
+        self, learner: Algorithm, data_root: str | os.PathLike[str] | None = None
+    ) -> Evaluation:
+        """Validation characters, after ``evaluation_steps`` steps."""
+        return evaluate(
+            learner,
+            self._source(self.shots, data_root),
+            steps=[self.evaluation_steps],
+            tasks=VALIDATION_TASKS,
+            split="val",
+        )
 
     def targets(self) -> Sequence[Target]:
         """The published accuracy after three steps, with the floor of ``short``."""

@@ -13,7 +13,7 @@ from torch import nn
 from fastmeta._checks import number
 from fastmeta.algorithms import MAML, Algorithm
 from fastmeta.nn import mlp
-from fastmeta.recipes.base import Recipe, check_positive
+from fastmeta.recipes.base import VALIDATION_TASKS, Recipe, check_positive
 from fastmeta.tasks import Sinusoid
 from fastmeta.training.evaluation import Evaluation, evaluate
 from fastmeta.training.report import Target
@@ -98,6 +98,14 @@ class MAMLSinusoid(Recipe):
             learner, self.source(), steps=self.evaluation_steps, tasks=self.evaluation_tasks
         )
         return {f"{self.shots}-shot": result}
+
+    def validate(
+        self, learner: Algorithm, data_root: str | os.PathLike[str] | None = None
+    ) -> Evaluation:
+        """Validation curves, after the steps of meta-training."""
+        return evaluate(
+            learner, self.source(), steps=[self.inner_steps], tasks=VALIDATION_TASKS, split="val"
+        )
 
     def targets(self) -> Sequence[Target]:
         """The published number after one step, with what the preset asks for."""

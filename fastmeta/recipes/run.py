@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def run(
     resume: bool = False,
     chunk_size: int | None = None,
     max_seconds: float | None = None,
+    validate_every: int | None = None,
     progress: bool = True,
 ) -> Report | None:
     """Train a recipe in a folder, evaluate it on held-out tasks, and write its report.
@@ -45,6 +47,7 @@ def run(
         resume: go on from the newest whole checkpoint there.
         chunk_size: tasks to hold at once.
         max_seconds: end the training after about this long; it is evaluated all the same.
+        validate_every: iterations between two validations; the best checkpoint is kept then.
         progress: show progress on standard error.
 
     Returns:
@@ -79,6 +82,8 @@ def run(
         resume=resume,
         settings={f"recipe.{name}": value for name, value in _fixed(recipe).items()},
         max_seconds=max_seconds,
+        validate=None if validate_every is None else partial(recipe.validate, data_root=data_root),
+        validate_every=validate_every,
         progress=progress,
     )
     if result.stopped not in ("finished", "max_seconds"):

@@ -16,6 +16,8 @@ from fastmeta._checks import describe, value_error
 from fastmeta._version import __version__
 from fastmeta.algorithms import Algorithm
 
+_LONGEST = 16  # a list that is longer is data, such as the names of classes
+
 
 def fingerprint(
     algorithm: Algorithm,
@@ -123,7 +125,7 @@ def _source_settings(source: Any) -> dict[str, Any]:
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
+        return len(value) <= _LONGEST and all(map(_is_plain, value))
     return isinstance(value, bool | int | float | str | torch.dtype | Tensor | None)
 
 
@@ -134,7 +136,8 @@ def _plain(value: Any) -> Any:
 
 
 def _show(value: Any, missing: object) -> str:
-    return "absent" if value is missing else repr(value)
+    text = "absent" if value is missing else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _kind(value: Tensor | None) -> str:

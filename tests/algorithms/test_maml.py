@@ -199,6 +199,17 @@ def test_adapt_takes_other_numbers_of_steps() -> None:
     assert not torch.allclose(five, maml.adapt(batch.support)(batch.query.x))
 
 
+def test_adapt_takes_the_first_of_the_rates_per_step() -> None:
+    model, batch = network(), regression()
+    rates = torch.tensor([0.3, 0.1, 0.2], dtype=torch.float64)
+    maml = MAML(model, loss=mse_loss, lr=rates, steps=3)
+    for steps in range(4):
+        first = MAML(model, loss=mse_loss, lr=rates[:steps], steps=steps).adapt(batch.support)
+        assert_same(maml.adapt(batch.support, steps=steps).params, first.params)
+    with pytest.raises(ValueError, match=r"lr must have shape \[\] or \[4\]"):
+        maml.adapt(batch.support, steps=4)
+
+
 def test_the_inner_optimizer_can_be_given_whole() -> None:
     model, batch = network(), regression()
     MAML(model, loss=mse_loss, inner=SGD(lr=0.2, steps=3)).meta_gradient(batch)

@@ -50,6 +50,17 @@ def test_threads_are_set(tmp_path: Path) -> None:
         torch.set_num_threads(before)
 
 
+def test_the_best_checkpoint_can_be_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _train(tmp_path, "--validate-every", "2") == 0
+    assert main(["evaluate", str(tmp_path), "--best", "--tasks", "5"]) == 0
+    assert (tmp_path / "checkpoints/best.pt").exists()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert lines[0]["validation"]["split"] == "val"
+
+
 def test_max_seconds_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _train(tmp_path, "--iterations", "1000000", "--max-seconds", "0") == 0
     assert "1 iterations" in capsys.readouterr().out
