@@ -75,9 +75,15 @@ struct Math<float> {
     return m * power + (power - 1.0f);
   }
 
+  // Exactly +-1 from `bound` on: 1 - t^2 must vanish there, however large what it multiplies is.
+  static FASTMETA_INLINE T saturated(T x, float bound, T value) {
+    value = x >= bound ? splat(1.0f) : value;
+    return x <= -bound ? splat(-1.0f) : value;
+  }
+
   // Rational minimax approximations in x^2 on the range where the function is not yet +-1.
-  static FASTMETA_INLINE T tanh(T x) {
-    x = clamp(x, -7.9f, 7.9f);
+  static FASTMETA_INLINE T tanh(T z) {
+    const T x = clamp(z, -9.0f, 9.0f);
     const T y = x * x;
     T p = splat(-2.76076847742355e-16f);
     p = p * y + 2.00018790482477e-13f;
@@ -90,11 +96,11 @@ struct Math<float> {
     q = q * y + 1.18534705686654e-04f;
     q = q * y + 2.26843463243900e-03f;
     q = q * y + 4.89352518554385e-03f;
-    return x * p / q;
+    return saturated(z, 9.0f, x * p / q);
   }
 
-  static FASTMETA_INLINE T erf(T x) {
-    x = clamp(x, -4.0f, 4.0f);
+  static FASTMETA_INLINE T erf(T z) {
+    const T x = clamp(z, -4.0f, 4.0f);
     const T y = x * x;
     T p = splat(-2.72614225801306e-10f);
     p = p * y + 2.77068142495902e-08f;
@@ -108,7 +114,7 @@ struct Math<float> {
     q = q * y + -1.68282697438203e-03f;
     q = q * y + -7.37332916720468e-03f;
     q = q * y + -1.42647390514189e-02f;
-    return x * p / q;
+    return saturated(z, 4.0f, x * p / q);
   }
 
   static FASTMETA_INLINE float log(float x) { return __builtin_logf(x); }
