@@ -1,15 +1,16 @@
 // A call that was checked once and is only compared from then on. It lives here because comparing
-// costs more in Python than the kernel of a small batch: some sixty attribute reads a call.
-// Tensors are reached through their Python attributes, so nothing of torch is compiled in.
+// costs more in Python than the kernel of a small batch.
 #include "door.h"
 
 #include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "runtime.h"
+#include "tensor_view.h"
 
 namespace py = pybind11;
 
@@ -18,12 +19,7 @@ namespace {
 
 // Names that are looked up at every call, interned once for the life of the process.
 struct Names {
-  PyObject* shape = PyUnicode_InternFromString("shape");
-  PyObject* dtype = PyUnicode_InternFromString("dtype");
-  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
-  PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
-  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* version = PyUnicode_InternFromString("_version");
   PyObject* training = PyUnicode_InternFromString("training");
 };
@@ -42,24 +38,13 @@ py::object get(py::handle object, PyObject* name) {
   return checked(PyObject_GetAttr(object.ptr(), name));
 }
 
-void* address(py::handle tensor) {
-  const py::object found = checked(PyObject_CallMethodNoArgs(tensor.ptr(), names().data_ptr));
-  void* at = PyLong_AsVoidPtr(found.ptr());
-  if (at == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return at;
-}
-
-struct Size {
-  py::object shape;
-  py::object dtype;
-};
-
 struct Place {
   py::dict owner;  // a module's parameters
   py::object key;
   py::object param;
   bool requires_grad;
   void* at;
+  Layout layout;
 };
 
 struct Mode {
@@ -75,35 +60,39 @@ struct Children {
 class Door {
  public:
   Door(py::object executor, int tasks, double scale, const py::object& tensor_type,
-       const std::vector<std::pair<py::object, py::object>>& sizes,
+       const std::vector<py::object>& rows,
        const std::vector<std::tuple<py::dict, py::object, py::object, bool>>& places,
        const std::vector<std::pair<py::dict, py::object>>& modes,
        const std::vector<std::pair<py::dict, std::vector<py::object>>>& children,
-       const std::vector<std::uintptr_t>& rates, const std::vector<long>& numels, int element,
-       bool classifies, py::object allocate, py::object thread_count)
+       const std::vector<std::uintptr_t>& rates, bool classifies, py::object block,
+       py::object allocate, py::object thread_count)
       : keep_(std::move(executor)),
         executor_(keep_.cast<Executor&>()),
         tasks_(tasks),
         scale_(scale),
         tensor_type_(tensor_type),
-        element_(element),
+        read_(tensor_type),
         classifies_(classifies),
+        block_(std::move(block)),
         allocate_(std::move(allocate)),
         thread_count_(std::move(thread_count)) {
-    for (const auto& [shape, dtype] : sizes) sizes_.push_back({shape, dtype});
+    if (!read_.ok()) throw py::type_error("a door must have tensors that DLPack can exchange");
+    for (const py::object& tensor : rows) rows_.emplace_back(read_(tensor));
+    element_ = rows_.at(0).bits / 8;
     for (const auto& [owner, key, param, requires_grad] : places) {
-      places_.push_back({owner, key, param, requires_grad, address(param)});
-      params_.push_back(places_.back().at);
+      const DLTensor view = read_(param);
+      places_.push_back({owner, key, param, requires_grad, address(view), Layout(view)});
+      params_.push_back(address(view));
+      offsets_.push_back(total_);
+      long numel = 1;
+      for (std::int64_t size : places_.back().layout.shape) numel *= size;
+      total_ += numel;
     }
     for (const auto& [state, training] : modes) modes_.push_back({state, training});
     for (const auto& [modules, known] : children) children_.push_back({modules, known});
     for (std::uintptr_t rate : rates) rates_.push_back(reinterpret_cast<void*>(rate));
-    long at = 0;
-    for (long numel : numels) {
-      offsets_.push_back(at);
-      at += numel;
-    }
-    total_ = at;
+    none_.assign(params_.size(), nullptr);
+    grads_.resize(params_.size());
   }
 
   // (block, versions) after the call, or None if anything is not as it was. The block holds the
@@ -111,25 +100,22 @@ class Door {
   // classes, accuracies [T].
   py::object call(py::handle xs, py::handle ys, py::handle xq, py::handle yq) {
     const py::handle rows[4] = {xs, ys, xq, yq};
-    if (!fits(rows)) return py::none();
+    void* at[4];
+    if (!fits(rows, at)) return py::none();
     const long steps = executor_.plan().steps;
-    const long size = total_ + tasks_ * (1 + steps + (classifies_ ? 1 : 0));
-    const py::object flat = allocate_(size);
-    char* base = static_cast<char*>(address(flat));
-    std::vector<void*> grads;
-    grads.reserve(offsets_.size());
-    for (long offset : offsets_) grads.push_back(base + offset * element_);
-    const std::vector<void*> none(offsets_.size(), nullptr);
+    const py::object flat = checked(PyObject_CallOneArg(allocate_.ptr(), block_.ptr()));
+    char* base = static_cast<char*>(address(read_(flat)));
+    for (std::size_t i = 0; i < offsets_.size(); i++) grads_[i] = base + offsets_[i] * element_;
     Call call{};
     call.tasks = tasks_;
     call.params = params_.data();
     call.rates = rates_.data();
-    call.grads = grads.data();
-    call.rate_grads = none.data();
-    call.support_x = address(xs);
-    call.support_y = address(ys);
-    call.query_x = address(xq);
-    call.query_y = address(yq);
+    call.grads = grads_.data();
+    call.rate_grads = none_.data();
+    call.support_x = at[0];
+    call.support_y = at[1];
+    call.query_x = at[2];
+    call.query_y = at[3];
     call.losses = base + total_ * element_;
     call.support_losses = base + (total_ + tasks_) * element_;
     if (classifies_) call.accuracies = base + (total_ + tasks_ * (1 + steps)) * element_;
@@ -149,18 +135,12 @@ class Door {
   }
 
  private:
-  bool fits(const py::handle* rows) const {
+  bool fits(const py::handle* rows, void** at) const {
     for (int i = 0; i < 4; i++) {
       if (reinterpret_cast<PyObject*>(Py_TYPE(rows[i].ptr())) != tensor_type_.ptr()) return false;
-      if (!get(rows[i], names().dtype).is(sizes_[i].dtype)) return false;
-      if (!get(rows[i], names().is_cpu).is(py::handle(Py_True))) return false;
-      const int same =
-          PyObject_RichCompareBool(get(rows[i], names().shape).ptr(), sizes_[i].shape.ptr(), Py_EQ);
-      if (same < 0) throw py::error_already_set();
-      if (same == 0) return false;
-      const py::object contiguous =
-          checked(PyObject_CallMethodNoArgs(rows[i].ptr(), names().is_contiguous));
-      if (!contiguous.is(py::handle(Py_True))) return false;
+      const DLTensor view = read_(rows[i]);
+      if (!rows_[i].fits(view)) return false;
+      at[i] = address(view);
     }
     for (const Mode& mode : modes_)
       if (PyDict_GetItem(mode.state.ptr(), names().training) != mode.training.ptr()) return false;
@@ -168,16 +148,16 @@ class Door {
       if (PyDict_Size(children.modules.ptr()) != static_cast<Py_ssize_t>(children.known.size()))
         return false;
       PyObject *key = nullptr, *value = nullptr;
-      Py_ssize_t at = 0;
-      for (std::size_t i = 0; PyDict_Next(children.modules.ptr(), &at, &key, &value); i++)
+      Py_ssize_t next = 0;
+      for (std::size_t i = 0; PyDict_Next(children.modules.ptr(), &next, &key, &value); i++)
         if (value != children.known[i].ptr()) return false;
     }
     for (const Place& place : places_) {
       if (PyDict_GetItem(place.owner.ptr(), place.key.ptr()) != place.param.ptr()) return false;
       const PyObject* wanted = place.requires_grad ? Py_True : Py_False;
       if (get(place.param, names().requires_grad).ptr() != wanted) return false;
-      // A parameter of another shape or dtype (`.data = ...`, `.double()`) lies somewhere else.
-      if (address(place.param) != place.at) return false;
+      const DLTensor view = read_(place.param);
+      if (address(view) != place.at || !place.layout.fits(view)) return false;
     }
     return true;
   }
@@ -187,33 +167,34 @@ class Door {
   const int tasks_;
   const double scale_;
   py::object tensor_type_;
-  std::vector<Size> sizes_;
+  const TensorReader read_;
+  std::vector<Layout> rows_;
   std::vector<Place> places_;
   std::vector<Mode> modes_;
   std::vector<Children> children_;
-  std::vector<void*> params_, rates_;
+  std::vector<void*> params_, rates_, grads_, none_;
   std::vector<long> offsets_;
   long total_ = 0;
-  const int element_;
+  int element_ = 0;
   const bool classifies_;
-  py::object allocate_, thread_count_;
+  py::object block_, allocate_, thread_count_;
 };
 
 }  // namespace
 
 void bind_door(py::module_& m) {
+  m.def("has_doors", [](py::handle tensor_type) { return TensorReader(tensor_type).ok(); });
   py::class_<Door>(m, "Door")
-      .def(py::init<py::object, int, double, const py::object&,
-                    const std::vector<std::pair<py::object, py::object>>&,
+      .def(py::init<py::object, int, double, const py::object&, const std::vector<py::object>&,
                     const std::vector<std::tuple<py::dict, py::object, py::object, bool>>&,
                     const std::vector<std::pair<py::dict, py::object>>&,
                     const std::vector<std::pair<py::dict, std::vector<py::object>>>&,
-                    const std::vector<std::uintptr_t>&, const std::vector<long>&, int, bool,
-                    py::object, py::object>(),
+                    const std::vector<std::uintptr_t>&, bool, py::object, py::object,
+                    py::object>(),
            py::kw_only(), py::arg("executor"), py::arg("tasks"), py::arg("scale"),
-           py::arg("tensor_type"), py::arg("sizes"), py::arg("places"), py::arg("modes"),
-           py::arg("children"), py::arg("rates"), py::arg("numels"), py::arg("element"),
-           py::arg("classifies"), py::arg("allocate"), py::arg("thread_count"))
+           py::arg("tensor_type"), py::arg("rows"), py::arg("places"), py::arg("modes"),
+           py::arg("children"), py::arg("rates"), py::arg("classifies"), py::arg("block"),
+           py::arg("allocate"), py::arg("thread_count"))
       .def("call", &Door::call);
 }
 

@@ -114,6 +114,7 @@ PYBIND11_MODULE(_core, m) {
     py::gil_scoped_release release;
     return fma_burst(isa_of(isa), is_double, iterations);
   });
+  m.def("set_work_per_thread", &set_work_per_thread);
   m.def("gather_rows", [](std::uintptr_t table, std::int64_t width, std::uintptr_t rows,
                           std::int64_t n, float divisor, std::uintptr_t out, int threads) {
     py::gil_scoped_release release;

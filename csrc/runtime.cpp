@@ -90,6 +90,26 @@ struct Team {
   std::atomic<int> next{0};
 };
 
+namespace {
+
+// Multiply-adds of one task: a forward and backward pass over Q rows, and over S rows at each
+// inner step, where the Hessian-vector product costs two more of each.
+double work_of(const Plan& plan) {
+  double weights = 0;
+  for (int l = 0; l < plan.layer_count; l++)
+    if (plan.layers[l].op == Op::linear) weights += double(plan.layers[l].in) * plan.layers[l].out;
+  const double passes = plan.reverse && plan.second_order ? 9 : 3;
+  return weights * (3.0 * plan.query_rows + passes * plan.steps * plan.support_rows);
+}
+
+// Waking a thread and waiting for it costs microseconds, and much more on a busy machine: each
+// has at least this many multiply-adds to do, some tens of microseconds.
+std::atomic<double> work_per_thread{1e6};
+
+}  // namespace
+
+double set_work_per_thread(double multiply_adds) { return work_per_thread.exchange(multiply_adds); }
+
 Executor::Executor(std::vector<Layer> layers, std::vector<Param> params, Plan dimensions,
                    bool is_double, Isa isa)
     : layers_(std::move(layers)), params_(std::move(params)), plan_(dimensions) {
@@ -102,6 +122,7 @@ Executor::Executor(std::vector<Layer> layers, std::vector<Param> params, Plan di
   element_ = is_double ? 8 : 4;
   workspace_bytes_ = kernels_->workspace_bytes(plan_);
   gradient_size_ = plan_.reverse ? kernels_->gradient_size(plan_) : 0;
+  work_per_task_ = work_of(plan_);
   shared_ = zeroed(kernels_->shared_bytes(plan_));
 }
 
@@ -145,6 +166,8 @@ void Executor::run(const Call& call, int threads) {
   check_labels(call);
   Team team;
   team.leaves = (call.tasks + kLeafTasks - 1) / kLeafTasks;
+  const double worth = std::max(1.0, call.tasks * work_per_task_ / work_per_thread.load());
+  if (worth < threads) threads = static_cast<int>(worth);
   threads = std::max(1, std::min(threads, team.leaves));
   team.wave = leaves_in_flight(threads);
   int levels = 1;

@@ -25,6 +25,10 @@ long fma_burst(Isa isa, bool is_double, long iterations);
 // count, and for any chunk that is a power of two of leaves.
 constexpr int kLeafTasks = 8;
 
+// The least work that is worth a thread, for tests of many threads on little work. Returns what it
+// was; must be above 0.
+double set_work_per_thread(double multiply_adds);
+
 struct FreeAligned {
   void operator()(char* p) const;
 };
@@ -60,6 +64,7 @@ class Executor {
   long element_;
   long workspace_bytes_;
   long gradient_size_;
+  double work_per_task_;
   Buffer shared_;
   std::vector<Buffer> workspaces_;  // one a thread
   std::vector<Buffer> gradients_;   // leaves in flight, then the tree's levels

@@ -71,7 +71,9 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the one warning of a pure-Python install: shown above
-        _native.load()
+        core = _native.load()
+    if core is not None:
+        core.set_work_per_thread(1.0)  # tests of many threads have little work for them
 
 
 def pytest_report_header() -> list[str]:

@@ -14,7 +14,6 @@ in the environment of a running process. ``forget`` closes all doors.
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 import weakref
@@ -85,34 +84,32 @@ class Door:
         self.state = OptimizerState(torch.full((self.tasks,), spec.steps), {}, {})
         # the rates' tensors are kept, because the door has their addresses
         self.rates = {rate: torch.tensor([rate], dtype=dtype) for rate in set(rates.values())}
-        rows = (batch.support.x, batch.support.y, batch.query.x, batch.query.y)
+        numbers = sum(param.numel() for param in self.params.values())
+        numbers += self.tasks * (1 + spec.steps + self.classifies)
+        self.blank = torch.empty(1, dtype=dtype).expand(numbers)  # a shape without memory
         self.native = _native.require("meta_grad").Door(
             executor=executor_of(spec, dtype),
             tasks=self.tasks,
             scale=1.0 / self.tasks if request.reduction == "mean" else 1.0,
             tensor_type=Tensor,
-            sizes=[(tensor.shape, tensor.dtype) for tensor in rows],
+            rows=[batch.support.x, batch.support.y, batch.query.x, batch.query.y],
             places=[(o, k, o[k], o[k].requires_grad) for o, k in owners.values()],
             modes=[(m.__dict__, m.training) for m in module.modules()],
             children=[(m._modules, list(m._modules.values())) for m in module.modules()],
             rates=[self.rates[rates[n]].data_ptr() if n in rates else 0 for n in chain.names],
-            numels=[param.numel() for param in self.params.values()],
-            element=dtype.itemsize,
             classifies=self.classifies,
-            allocate=functools.partial(torch.empty, dtype=dtype),
+            block=self.blank,
+            allocate=torch.empty_like,
             thread_count=torch.get_num_threads,
         )
 
-    def call(
-        self, inner: Any, loss: Any, options: tuple[Any, ...], batch: Any, rows: tuple[Any, ...]
-    ) -> MetaGrad | None:
-        """The result of a call with these arguments, None if it is not of this door's kind."""
-        if loss is not self.loss or options != self.options:
-            return None
-        if inner is not self.inner and _values(inner) != self.values:
-            return None
-        found = self.native.call(*rows)
-        return None if found is None else PreparedMetaGrad(self, batch, *found)
+    def is_for(self, inner: Any, loss: Any, options: tuple[Any, ...]) -> bool:
+        """Whether a call has this door's inner optimizer, loss and options."""
+        return (
+            loss is self.loss
+            and options == self.options
+            and (inner is self.inner or _values(inner) == self.values)
+        )
 
 
 class PreparedMetaGrad(MetaGrad):
@@ -121,10 +118,10 @@ class PreparedMetaGrad(MetaGrad):
     One block of memory holds all numbers; the gradients are views of it.
     """
 
-    def __init__(self, door: Door, batch: Any, block: Tensor, versions: tuple[int, ...]) -> None:
-        self._of = (door, batch, block, versions)
-        self.state = door.state
-        self.path = "fused"
+    path: str = "fused"
+
+    def __init__(self, door: Door, batch: Any, found: tuple[Tensor, tuple[int, ...]]) -> None:
+        self._of = (door, batch, found)
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("grads", "losses", "metrics", "adapted"):
@@ -132,8 +129,13 @@ class PreparedMetaGrad(MetaGrad):
         self._make()
         return getattr(self, name)
 
+    @property
+    def state(self) -> OptimizerState:  # type: ignore[override]
+        """The state after the last step; SGD carries the count of its steps alone."""
+        return self._of[0].state
+
     def _make(self) -> None:
-        door, batch, block, versions = self._of
+        door, batch, (block, versions) = self._of
         tasks, steps = door.tasks, door.steps
         shapes = [*(p.shape for p in door.params.values()), (tasks,), (tasks, steps)]
         if door.classifies:
@@ -209,10 +211,10 @@ def find(
         return None
     options = _in_force(options)
     for door in doors:
-        if door.module() is module:
-            result = door.call(inner, loss, options, batch, rows)
-            if result is not None:
-                return result
+        if door.is_for(inner, loss, options) and door.module() is module:
+            found = door.native.call(*rows)
+            if found is not None:
+                return PreparedMetaGrad(door, batch, found)
     return None
 
 
@@ -232,6 +234,8 @@ def remember(request: Request, options: tuple[Any, ...]) -> None:
         return
     if not all(type(t) is Tensor and t.is_contiguous() for t in rows):
         return
+    if not _native.require("meta_grad").has_doors(Tensor):
+        return  # a torch without DLPack's C interface: every call goes the long way
     _, chain = request.cache["fused"]
     if any(name not in chain.names or not p.is_contiguous() for name, p in request.params.items()):
         return

@@ -61,7 +61,7 @@ def facts(model: nn.Module | None) -> Facts:
             found["recurrent"].append(label)
         if isinstance(module, _BatchNorm):
             found["batch_norm"].append(label)
-            if module.weight is None:  # affine=False, or a shift alone
+            if getattr(module, "weight", None) is None:  # not affine, or a shift alone
                 found["unscaled"].append(label)
         if isinstance(module, _NormBase) and module.track_running_stats and module.training:
             found["tracked"].append(label)
