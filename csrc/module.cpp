@@ -26,8 +26,9 @@ Op op_of(const std::string& name) {
 }
 
 using LayerTuple = std::tuple<std::string, int, int, int, int, double>;
-// rows, cols, matrix, adapts, per_task, rate_per_step, rate_per_element, rate_gradient
-using ParamTuple = std::tuple<int, int, bool, bool, bool, bool, bool, bool>;
+// rows, cols, matrix, adapts, per_task, rate_per_step, rate_per_element, rate_gradient,
+// rate_owner
+using ParamTuple = std::tuple<int, int, bool, bool, bool, bool, bool, bool, int>;
 
 std::unique_ptr<Executor> make_executor(const std::vector<LayerTuple>& layers,
                                         const std::vector<ParamTuple>& params,
@@ -39,8 +40,10 @@ std::unique_ptr<Executor> make_executor(const std::vector<LayerTuple>& layers,
   for (const auto& [op, in, out, weight, bias, constant] : layers)
     made_layers.push_back({op_of(op), in, out, weight, bias, constant});
   std::vector<Param> made_params;
-  for (const auto& [rows, cols, matrix, adapts, per_task, per_step, per_element, gradient] : params)
-    made_params.push_back({rows, cols, matrix, adapts, per_task, per_step, per_element, gradient});
+  for (const auto& [rows, cols, matrix, adapts, per_task, per_step, per_element, gradient, owner] :
+       params)
+    made_params.push_back(
+        {rows, cols, matrix, adapts, per_task, per_step, per_element, gradient, owner});
   if (made_layers.empty()) throw py::value_error("a program must have at least one layer");
   Plan plan{};
   plan.loss = {loss == "mse" ? LossKind::mse : LossKind::cross_entropy, mean_over_rows, factor};

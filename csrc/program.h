@@ -38,6 +38,7 @@ struct Param {
   bool rate_per_step;      // the rate has a leading step axis
   bool rate_per_element;   // the rate has the parameter's shape; otherwise one number
   bool rate_gradient;      // the rate is a meta-parameter
+  int rate_owner;          // the parameter of the same rate that collects its gradient; -1: itself
 };
 
 enum class LossKind : int { mse, cross_entropy };

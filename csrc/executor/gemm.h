@@ -200,7 +200,7 @@ void gemm(int rows, int cols, const Product<R>* products, int count, R scale, co
 
 // out[r, o] = bias[o] + sum_products dot(a[r, :], b[o, :]) for a few columns: both operands run
 // along k, which vectors over the columns would leave mostly empty. Rows of a and b are padded with
-// zeros in at least one of the two.
+// zeros, and so are those of c.
 template <class R>
 struct Dots {
   const R* a;
@@ -231,6 +231,7 @@ FASTMETA_INLINE void narrow_rows(int row0, int o, int depth, const Dots<R>* dots
 template <class R>
 void narrow(int rows, int cols, int depth, const Dots<R>* dots, int count, const R* bias, R* c,
             long ldc) {
+  for (int r = 0; r < rows; r++) fill_zero(c + r * ldc, ldc);
   for (int o = 0; o < cols; o++) {
     int r = 0;
     for (; r + 4 <= rows; r += 4) narrow_rows<R, 4>(r, o, depth, dots, count, bias, c, ldc);

@@ -105,8 +105,11 @@ void load_rows(const Geometry<R>& g, const void* x, const void* y, const void* w
   row_coefficients<R>(plan.loss, kept_weight, pass->rows, pass->coefficient);
   if (pass->input != nullptr) {
     const long ld = g.ld(plan.features);
-    for (int r = 0; r < pass->rows; r++)
+    for (int r = 0; r < pass->rows; r++) {
       __builtin_memcpy(pass->input + r * ld, pass->x + r * features, features * sizeof(R));
+      // a layer that ran in place on a task with NaN may have left some in the padding
+      fill_zero(pass->input + r * ld + features, ld - features);
+    }
   }
 }
 
@@ -224,15 +227,15 @@ R dot(const R* a, const R* b, long size) {
 
 // d/d alpha_k = -<lambda_(k+1), g_k>, entry by entry where the rate is.
 template <class R>
-void rate_gradients(const TaskContext<R>& c, int k, const Pass<R>& query, R* rate_part) {
+void rate_gradients(const TaskContext<R>& c, int k, const Pass<R>& query, R* rate_parts) {
   Workspace<R>& ws = c.ws;
   const Geometry<R>& g = ws.geometry;
   const Pass<R>& pass = ws.passes[k];
   parameter_gradients<R>(g, pass, {ws.gradient, nullptr, nullptr});
   for (int p = 0; p < c.plan.param_count; p++) {
     const Param& param = c.plan.params[p];
-    const long part = g.rate_part(p);
-    if (part == 0) continue;
+    if (!param.adapts || !param.rate_gradient) continue;
+    R* rate_part = rate_parts + ws.rate_begin[p];
     const long size = ws.slots[p].primary_size();
     const int step = param.rate_per_step ? k : 0;
     if (g.low_rank(0) && p == g.layer(0).weight) {
@@ -250,7 +253,6 @@ void rate_gradients(const TaskContext<R>& c, int k, const Pass<R>& query, R* rat
     } else {
       rate_part[step] -= dot<R>(ws.adjoint[p].primary(), ws.gradient[p].primary(), size);
     }
-    rate_part += part;
   }
 }
 
@@ -318,13 +320,13 @@ void reverse(const TaskContext<R>& c) {
   Workspace<R>& ws = c.ws;
   const Geometry<R>& g = ws.geometry;
   const Pass<R>& query = ws.passes[c.plan.steps];
-  R* rate_part = c.gradient;
-  for (int p = 0; p < c.plan.param_count; p++) rate_part += g.gradient_part(p);
+  R* rate_parts = c.gradient;
+  for (int p = 0; p < c.plan.param_count; p++) rate_parts += g.gradient_part(p);
   const bool rates = g.any_rate_gradient();
   start_adjoint(c);
   if (g.low_rank(0)) fill_zero(ws.adjoint_rows, c.plan.support_rows * g.ld(g.layer(0).out));
   for (int k = c.plan.steps - 1; k >= 0; k--) {
-    if (rates) rate_gradients<R>(c, k, query, rate_part);
+    if (rates) rate_gradients<R>(c, k, query, rate_parts);
     if (!c.plan.second_order) continue;
     const Tangent<R> tangent = make_tangent(c, k);
     R* output = r_forward<R>(ws, ws.theta[k], ws.tangent, {&query, tangent.low_rank_rate},

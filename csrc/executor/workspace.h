@@ -124,13 +124,21 @@ struct Geometry {
     return false;
   }
 
-  // Elements of parameter p's part of a leaf's gradient, and of its rate's part.
+  // Elements of parameter p's part of a leaf's gradient, and of its rate's part. A rate that several
+  // parameters share is summed within a task, so that its bits, too, do not depend on chunks.
   long gradient_part(int p) const { return plan->params[p].per_task ? 0 : slot(p).primary_size(); }
   long rate_part(int p) const {
     const Param& param = plan->params[p];
-    if (!param.adapts || !param.rate_gradient) return 0;
+    if (!param.adapts || !param.rate_gradient || param.rate_owner >= 0) return 0;
     const long steps = param.rate_per_step ? plan->steps : 1;
     return steps * (param.rate_per_element ? slot(p).primary_size() : 1);
+  }
+  // Where the rate's part begins, after all gradients.
+  long rate_begin(int p) const {
+    const int owner = plan->params[p].rate_owner;
+    long begin = 0;
+    for (int before = 0; before < (owner >= 0 ? owner : p); before++) begin += rate_part(before);
+    return begin;
   }
   long gradient_size() const {
     long size = 0;
@@ -177,6 +185,7 @@ struct Workspace {
   View<R>* gradient; // [param] an inner step's gradient, where a rate's gradient needs it
   View<R>* base;     // [param] of a sink
   R* scales;         // [param] of a sink
+  long* rate_begin;  // [param] where the gradient of a rate is collected
   R** rout;          // [layer] storage of the tangent of the layer's output
   const R** rx;      // [layer] tangent of the layer's input; null is zero
   R** rdin;          // [layer] storage of the tangent of the input's gradient; elementwise: in place
@@ -267,6 +276,7 @@ Workspace<R>* layout_workspace(Arena& arena, const Plan& plan) {
   w.gradient = arena.take<View<R>>(params);
   w.base = arena.take<View<R>>(params);
   w.scales = arena.take<R>(params);
+  w.rate_begin = arena.take<long>(params);
   w.rout = arena.take<R*>(layers);
   w.rx = arena.take<const R*>(layers);
   w.rdin = arena.take<R*>(layers);
@@ -274,7 +284,10 @@ Workspace<R>* layout_workspace(Arena& arena, const Plan& plan) {
   w.q = arena.take<R*>(layers);
   for (int p = 0; p < params; p++) {
     const Slot s = g.slot(p);
-    if (!arena.counting()) w.slots[p] = s;
+    if (!arena.counting()) {
+      w.slots[p] = s;
+      w.rate_begin[p] = g.rate_begin(p);
+    }
     if (plan.params[p].per_task) {
       const View<R> view = take_view<R>(arena, s);
       if (!arena.counting()) w.own[p] = view;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
@@ -34,11 +34,15 @@ class Chain:
 
 @dataclass(frozen=True)
 class RateForm:
-    """How a rate is laid out: ``[I or 1]``, or ``[I or 1, *shape]``."""
+    """How a rate is laid out: ``[I or 1]``, or ``[I or 1, *shape]``.
+
+    ``owner`` is the index of an earlier parameter with the same rate, to which the gradient goes.
+    """
 
     per_step: bool = False
     per_element: bool = False
     gradient: bool = False
+    owner: int = -1
 
 
 @lru_cache(maxsize=256)
@@ -95,6 +99,24 @@ def rate_form(rate: Number, shape: tuple[int, ...]) -> RateForm:
     return RateForm(rate.shape[0] != 1, per_element, rate.requires_grad)
 
 
+def _forms(
+    program: Program, chain: Chain, rates: Mapping[str, Number]
+) -> tuple[RateForm | None, ...]:
+    forms: list[RateForm | None] = []
+    owners: dict[tuple[int, int, int], int] = {}
+    for index, name in enumerate(chain.names):
+        rate = rates.get(name)
+        form = None if rate is None else rate_form(rate, program.params[name])
+        if isinstance(rate, Tensor) and form is not None and form.gradient and not form.per_element:
+            # rates are views of the tensors that were given: the same one is the same place in it
+            base = rate if rate._base is None else rate._base
+            place = (id(base), rate.data_ptr(), rate.numel())
+            owner = owners.setdefault(place, index)
+            form = replace(form, owner=-1 if owner == index else owner)
+        forms.append(form)
+    return tuple(forms)
+
+
 @lru_cache(maxsize=256)
 def _cached_spec(
     program: Program,
@@ -119,6 +141,7 @@ def _cached_spec(
                 form is not None and form.per_step,
                 form is not None and form.per_element,
                 form is not None and form.gradient,
+                -1 if form is None else form.owner,
             )
         )
     loss = program.loss
@@ -147,9 +170,6 @@ def spec_of(
         rates: the resolved rate of each parameter that adapts.
         query_rows: Q, or 0 for adaptation alone.
     """
-    forms = tuple(
-        rate_form(rates[name], program.params[name]) if name in rates else None
-        for name in chain.names
-    )
+    forms = _forms(program, chain, rates)
     sizes = (request.batch.support.y.shape[1], query_rows, request.inner.steps)
     return _cached_spec(program, chain, request.per_task, forms, sizes, request.order == 2)

@@ -74,6 +74,8 @@ class ParamCode(NamedTuple):
         rate_per_step: whether its rate has I entries along its first axis, or one.
         rate_per_element: whether its rate has the parameter's shape after that, or is a number.
         rate_gradient: whether its rate receives a gradient.
+        rate_owner: index of the first parameter whose rate is this same number for each step or
+            for all. That rate receives the gradient of both, added within a task. -1: its own.
     """
 
     rows: int
@@ -84,6 +86,12 @@ class ParamCode(NamedTuple):
     rate_per_step: bool = False
     rate_per_element: bool = False
     rate_gradient: bool = False
+    rate_owner: int = -1
+
+    @property
+    def collects(self) -> bool:
+        """Whether the gradient of a rate comes out at this parameter."""
+        return self.rate_gradient and self.rate_owner < 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -326,7 +334,7 @@ def compute(
         else None,
         [
             torch.empty_like(rate, memory_format=torch.contiguous_format)
-            if rate is not None and code.rate_gradient and spec.reverse
+            if rate is not None and code.collects and spec.reverse
             else None
             for rate, code in zip(rates, spec.params, strict=True)
         ],

@@ -164,7 +164,7 @@ class _Adapt(torch.autograd.Function):
         moved = _AdaptVjp.apply(ctx.spec, count, *saved, *cotangents[:-1])  # type: ignore[no-untyped-call]
         grads = iter(moved)
         params = [next(grads) for _ in range(count)]
-        rates = [next(grads) if code.rate_gradient else None for code in ctx.spec.params]
+        rates = [next(grads) if code.collects else None for code in ctx.spec.params]
         return (None, None, *params, *rates, None, None, None)
 
     @staticmethod

@@ -206,7 +206,7 @@ def _fake(
     rate_grads = [
         torch.empty_like(rate)
         for rate, code in zip(rates, codes.params, strict=True)
-        if rate is not None and code.rate_gradient
+        if rate is not None and code.collects
     ]
     return (
         support_x.new_empty(tasks),
@@ -271,7 +271,7 @@ class _MetaValue(torch.autograd.Function):
         ctx.save_for_backward(*output[1:], *inputs[2 : 2 + count])
         ctx.set_materialize_grads(False)
         ctx.count, ctx.total = count, len(inputs) - 2
-        ctx.with_rate = [code.rate_gradient for code in spec.params]
+        ctx.with_rate = [code.collects for code in spec.params]
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import types
 import weakref
 from collections import OrderedDict
@@ -16,6 +17,8 @@ from fastmeta.program.ir import Program, Unsupported
 __all__ = ["clear", "through"]
 
 _KEPT = 32  # keys for one module, two for an answer; the oldest goes first
+
+_reading = threading.RLock()  # torch.export changes what all threads share
 
 _Answer = Program | Unsupported
 _answers: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Hashable, tuple[Any, _Answer]]] = (
@@ -62,7 +65,8 @@ def through(
         found = known.get(any_rows)
         if found is None or (alive is not None and found[0]() is not alive):
             try:
-                answer: _Answer = read()
+                with _reading:
+                    answer: _Answer = read()
             except Unsupported as error:
                 # A new one: this one's traceback holds the frames, and they hold the module.
                 answer = Unsupported(error.reason, error.where)
