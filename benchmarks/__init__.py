@@ -1,0 +1,1 @@
+"""What fastmeta costs beside what users have today. See README.md."""
