@@ -287,7 +287,7 @@ def _check_devices(request: Request) -> None:
             # a number in a tensor may stay on the CPU: torch mixes it with any device
             if isinstance(leaf, Tensor) and leaf.device != device and leaf.ndim > 0:
                 raise value_error(op, argument, f"be on {device} like the batch", leaf)
-    if len(dtypes) == 1 and not torch.is_autocast_enabled(device.type):
+    if len(dtypes) == 1 and not _autocast(device):
         dtype = dtypes.pop()
         for side in ("support", "query"):
             examples: Examples = getattr(request.batch, side)
@@ -295,6 +295,11 @@ def _check_devices(request: Request) -> None:
                 if leaf.is_floating_point() and leaf.dtype != dtype:
                     words = str(dtype).removeprefix("torch.")
                     raise type_error(op, f"{side}.x", f"be {words} like the parameters", leaf)
+
+
+def _autocast(device: torch.device) -> bool:
+    known = torch.amp.is_autocast_available(device.type)
+    return known and torch.is_autocast_enabled(device.type)
 
 
 def _check_displacement(request: Request) -> None:
