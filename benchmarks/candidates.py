@@ -72,6 +72,7 @@ def _path(path: Any) -> Callable[[Problem], Prepared]:
         batch = TaskBatch.of(problem.batch)
         inner = fastmeta.SGD(lr=problem.lr, steps=problem.steps)
         model, loss = problem.model, problem.loss
+        fastmeta.explain(model, batch, inner=inner, loss=loss)  # so that the module is read
 
         def call() -> Gradient:
             result = fastmeta.meta_grad(model, None, batch, inner=inner, loss=loss, path=path)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastmeta
 from benchmarks.workloads import Problem
+from fastmeta import _native
 from fastmeta.batch import TaskBatch
 from fastmeta.inner_loop import door
 from fastmeta.ops import executor as executors
@@ -64,10 +65,12 @@ def bare_is_right(problem: Problem) -> bool:
 
 
 def memory_goal(problem: Problem) -> int:
-    """One gradient per leaf in flight, and 4 MB a thread beside them."""
+    """One gradient per leaf of the reduction tree in flight, the result, 4 MB a thread beside."""
     executor, threads = bare_call(problem).executor, torch.get_num_threads()
-    leaves = int(executor.leaves_in_flight(threads)) * int(executor.gradient_bytes())
-    return leaves + threads * 4_000_000
+    leaves = -(-len(problem.batch[0]) // _native.require("memory_goal").leaf_tasks)
+    waiting = leaves.bit_length()  # finished subtrees, at most one of each height
+    in_flight = min(leaves, int(executor.leaves_in_flight(threads))) + waiting + 1
+    return in_flight * int(executor.gradient_bytes()) + threads * 4_000_000
 
 
 def overhead(problem: Problem, calls: int) -> dict[str, float]:

@@ -136,7 +136,8 @@ class Worker:
     def memory(self, workload: str, candidate: str, tasks: int | None) -> dict[str, Any]:
         """Peak growth of this fresh process during the first call at the full number of tasks."""
         what = WORKLOADS[workload]
-        CANDIDATES[candidate].prepare(what.problem(1)).call()  # libraries load what they load
+        # libraries load what they load; one more step, so that nothing made for it serves below
+        CANDIDATES[candidate].prepare(what.problem(1, what.steps + 1)).call()
         problem = what.problem(tasks)
         prepared: Prepared = CANDIDATES[candidate].prepare(problem)
         found: dict[str, Any] = {"bytes": memory.peak_growth(prepared.call)}
