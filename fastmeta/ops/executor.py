@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastmeta import _native
 from fastmeta._checks import describe, type_error, value_error
+from fastmeta.ops.spec_check import check_spec
 
 __all__ = ["OPS", "LayerCode", "ParamCode", "Rows", "Spec", "check", "compute", "library", "run"]
 
@@ -35,6 +36,20 @@ OPS = (
     "elu",
 )
 """The layers that the executors run, by code."""
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def eager(function: _F) -> _F:
+    """Make a call a graph break under ``torch.compile``: it runs as it stands, with its kernels.
+
+    Set by attribute, because ``torch.compiler.disable`` would import the compiler.
+    """
+    values = vars(function)
+    values["_torchdynamo_disable"] = True
+    values["_torchdynamo_disable_msg"] = f"{function.__name__} runs its own kernels"
+    return function
 
 
 def library() -> Any:
@@ -183,6 +198,7 @@ def executor_of(spec: Spec, dtype: torch.dtype) -> Any:
     found = _cache.executors.get(key)
     if found is None:
         core = _native.require("program_meta_grad")
+        check_spec("program", spec, OPS)
         found = core.Executor(
             layers=[tuple(layer) for layer in spec.layers],
             params=[tuple(param) for param in spec.params],
@@ -219,12 +235,23 @@ def check(
         TypeError: a wrong kind or dtype.
         ValueError: a wrong number, shape or device.
     """
+    if not isinstance(spec, Spec):
+        raise type_error(op, "spec", "be a Spec", describe(spec))
+    if not isinstance(params, (tuple, list)) or not isinstance(rates, (tuple, list)):
+        got = f"{describe(params)} and {describe(rates)}"
+        raise type_error(op, "params and rates", "be sequences of tensors", got)
+    for side, rows in (("support", support), ("query", query)):
+        if rows is not None and not isinstance(rows, Rows):
+            raise type_error(op, side, "be Rows", describe(rows))
+    if (query is None) != (spec.query_rows == 0):
+        must = "be 0 without a query, and the query's rows with one"
+        raise value_error(op, "spec.query_rows", must, str(spec.query_rows))
     if len(params) != len(spec.params) or len(rates) != len(spec.params):
         must = f"be {len(spec.params)} tensors, as the spec has parameters"
         raise value_error(op, "params and rates", must, f"{len(params)} and {len(rates)}")
     if not isinstance(support.x, Tensor):
         raise type_error(op, "support.x", "be a tensor", describe(support.x))
-    dtype, tasks = support.x.dtype, support.x.shape[0]
+    dtype, tasks = support.x.dtype, len(support.x) if support.x.ndim else 0
     if dtype not in (torch.float32, torch.float64):
         raise type_error(op, "support.x", "be float32 or float64", support.x)
     for i, (tensor, code) in enumerate(zip(params, spec.params, strict=True)):
@@ -247,14 +274,21 @@ def _check_rows(
     op: str, side: str, rows: Rows, tasks: int, count: int, spec: Spec, dtype: torch.dtype
 ) -> None:
     x, y, weight = rows
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor):
+            raise type_error(op, f"{side}.{name}", "be a tensor", describe(value))
     if tasks == 0 or count == 0:
         raise value_error(op, f"{side}.x", "hold at least one task and one row", x)
     if x.dtype != dtype:
         raise type_error(op, f"{side}.x", f"be {dtype}", x)
     if tuple(x.shape[:2]) != (tasks, count) or x.numel() != tasks * count * spec.features:
         raise value_error(op, f"{side}.x", f"have shape {[tasks, count, spec.features]}", x)
-    if x.device.type != "cpu":
-        raise value_error(op, f"{side}.x", "be on the CPU", f"it on {x.device}")
+    for name, value in (("x", x), ("y", y)):
+        if value.device.type != "cpu":
+            raise value_error(op, f"{side}.{name}", "be on the CPU", f"it on {value.device}")
+        if value.layout != torch.strided:
+            got = f"a tensor of layout {value.layout}"
+            raise type_error(op, f"{side}.{name}", "be strided", got)
     if spec.loss == "cross_entropy":
         _check_tensor(op, f"{side}.y", y, (tasks, count), torch.int64)
     elif y.dtype != dtype:
@@ -263,6 +297,8 @@ def _check_rows(
         raise value_error(op, f"{side}.y", f"have shape {[tasks, count, spec.outputs]}", y)
     if weight is not None:
         _check_tensor(op, f"{side}.weight", weight, (tasks, count), dtype)
+        if not bool((weight != 0).any(1).all()):
+            raise value_error(op, f"{side}.weight", "leave a row to every task", "one of zeros")
 
 
 def _check_tensor(
@@ -272,10 +308,30 @@ def _check_tensor(
         raise type_error(op, argument, "be a tensor", describe(value))
     if value.dtype != dtype:
         raise type_error(op, argument, f"be {dtype}", value)
+    if value.layout != torch.strided:
+        raise type_error(op, argument, "be strided", f"a tensor of layout {value.layout}")
     if tuple(value.shape) != shape:
         raise value_error(op, argument, f"have shape {list(shape)}", value)
     if value.device.type != "cpu":
         raise value_error(op, argument, "be on the CPU", f"it on {value.device}")
+
+
+def check_graph(
+    op: str, spec: Spec, rates: Sequence[Tensor | None], support: Rows, query: Rows | None
+) -> None:
+    """Refuse a graph through what receives no gradient, which would end here without a word.
+
+    Raises:
+        ValueError: rows that require grad, or such a rate that the spec gives no gradient.
+    """
+    for side, rows in (("support", support), ("query", query)):
+        for name, value in zip(Rows._fields, rows or (), strict=False):
+            if isinstance(value, Tensor) and value.requires_grad:
+                must = "not require grad: rows are constants of this operation"
+                raise value_error(op, f"{side}.{name}", must, value)
+    for i, (rate, code) in enumerate(zip(rates, spec.params, strict=False)):
+        if isinstance(rate, Tensor) and rate.requires_grad and not code.rate_gradient:
+            raise value_error(op, f"rates[{i}]", "not require grad unless the spec says so", rate)
 
 
 class Outputs(NamedTuple):
@@ -324,6 +380,8 @@ def compute(
     Raises:
         ValueError: a label out of range.
     """
+    if spec.reverse and query is None and cotangents is None:
+        raise value_error("program", "query", "be given for a gradient, or cotangents", "neither")
     tasks, new = support.x.shape[0], support.x.new_empty
     out = Outputs(
         new(tasks) if query is not None else None,
@@ -359,7 +417,14 @@ def compute(
         out.support_losses,
         out.accuracies,
     )
-    run(executor_of(spec, support.x.dtype), tasks, tensors, scale)
+    executor = executor_of(spec, support.x.dtype)
+    try:
+        run(executor, tasks, tensors, scale)
+    except RuntimeError as error:
+        if "data pointer" not in str(error):
+            raise
+        must = "program_meta_grad: tensors must have memory, got some of a torch.func transform"
+        raise RuntimeError(f"{must}; meta_value and program_adapt take part in those") from error
     return out
 
 

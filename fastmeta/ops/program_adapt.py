@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.ops.executor import Outputs, Rows, Spec, check, compute, library
+from fastmeta.ops.executor import Outputs, Rows, Spec, check, check_graph, compute, eager, library
 from fastmeta.ops.program_meta_grad import (
     adapt_one,
     loop_over,
     no_double_backward,
+    no_operator_backward,
     one_task,
 )
 
@@ -22,6 +23,7 @@ __all__ = ["program_adapt", "program_adapt_reference", "program_adapt_vjp"]
 _OP = "program_adapt"
 
 
+@eager
 def program_adapt(
     spec: Spec, params: Sequence[Tensor], rates: Sequence[Tensor | None], support: Rows
 ) -> tuple[list[Tensor], Tensor]:
@@ -59,6 +61,8 @@ def program_adapt(
         Finn, Abbeel, Levine (2017), algorithm 2, lines 5 to 8.
     """
     check(_OP, spec, params, rates, support, None)
+    if torch.is_grad_enabled():
+        check_graph(_OP, spec, rates, support, None)
     *adapted, losses = _Adapt.apply(  # type: ignore[no-untyped-call]
         replace(spec, reverse=False), len(params), *params, *rates, *support
     )
@@ -136,6 +140,7 @@ def _fake(
 
 _lib.impl("program_adapt", _operator, "CPU")
 torch.library.register_fake("fastmeta::program_adapt", _fake, lib=_lib)
+torch.library.register_autograd("fastmeta::program_adapt", no_operator_backward(_OP, _OP), lib=_lib)
 
 
 def _split(count: int, tensors: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None], Rows]:

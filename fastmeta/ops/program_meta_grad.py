@@ -15,13 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.ops.executor import LayerCode, Outputs, Rows, Spec, check, compute, library
+from fastmeta._checks import describe, type_error, value_error
+from fastmeta.ops.executor import (
+    LayerCode,
+    Outputs,
+    Rows,
+    Spec,
+    check,
+    check_graph,
+    compute,
+    eager,
+    library,
+)
 
 __all__ = ["meta_value", "program_meta_grad", "program_meta_grad_reference"]
 
 _OP = "program_meta_grad"
 
 
+@eager
 def program_meta_grad(
     spec: Spec,
     params: Sequence[Tensor],
@@ -65,8 +77,20 @@ def program_meta_grad(
     Reference:
         Finn, Abbeel, Levine (2017), equation 1; Pearlmutter (1994), section 2.
     """
-    check(_OP, spec, params, rates, support, query)
+    _check(spec, params, rates, support, query)
     return compute(spec, params, rates, support, query, scale=scale)
+
+
+def _check(
+    spec: Spec,
+    params: Sequence[Tensor],
+    rates: Sequence[Tensor | None],
+    support: Rows,
+    query: Rows,
+) -> None:
+    if not isinstance(query, Rows):
+        raise type_error(_OP, "query", "be Rows", describe(query))
+    check(_OP, spec, params, rates, support, query)
 
 
 def program_meta_grad_reference(
@@ -216,13 +240,28 @@ def _fake(
     )
 
 
+def no_operator_backward(op: str, instead: str) -> Callable[..., Any]:
+    """A backward for a registered operator that has none: torch would warn and give no gradient."""
+
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        raise RuntimeError(
+            f"torch.ops.fastmeta.{op}: the operator has no derivative; fastmeta.ops.{instead} has"
+        )
+
+    return backward
+
+
 _lib.impl("program_meta_grad", _operator, "CPU")
 torch.library.register_fake("fastmeta::program_meta_grad", _fake, lib=_lib)
+torch.library.register_autograd(
+    "fastmeta::program_meta_grad", no_operator_backward(_OP, "meta_value"), lib=_lib
+)
 
 
 # ---- the autograd route
 
 
+@eager
 def meta_value(
     spec: Spec,
     params: Sequence[Tensor],
@@ -246,6 +285,11 @@ def meta_value(
         TypeError, ValueError: as :func:`program_meta_grad`.
         RuntimeError: on double backward.
     """
+    _check(spec, params, rates, support, query)
+    if not spec.reverse:
+        raise value_error(_OP, "spec.reverse", "be true for a gradient", "False")
+    if torch.is_grad_enabled():
+        check_graph(_OP, spec, rates, support, query)
     value: Tensor = _MetaValue.apply(  # type: ignore[no-untyped-call]
         spec, len(params), *params, *rates, *support, *query
     )[0]
@@ -260,7 +304,7 @@ class _MetaValue(torch.autograd.Function):
         rows = [None if t is None else t.detach() for t in tensors[2 * count :]]
         support = Rows(_present(rows[0]), _present(rows[1]), rows[2])
         query = Rows(_present(rows[3]), _present(rows[4]), rows[5])
-        out = program_meta_grad(spec, params, rates, support, query)
+        out = compute(spec, params, rates, support, query)
         grads = [*(out.grads or ()), *(g for g in out.rate_grads if g is not None)]
         return (_present(out.losses).sum(), *grads)
 
