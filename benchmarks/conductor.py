@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.candidates import CANDIDATES
-from benchmarks.workloads import Goal, Workload
+from benchmarks.workloads import Goal, Workload, tolerance
 
 Record = dict[str, Any]
 
@@ -92,7 +92,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "lower": lower, "upper": upper}
 
 
-def record_of(workload: Workload, clock: str, statuses: Record, rounds: Sequence[Record]) -> Record:
+def record_of(
+    workload: Workload,
+    clock: str,
+    statuses: Record,
+    rounds: Sequence[Record],
+    tasks: int | None = None,
+) -> Record:
     """Everything known about a workload after its rounds; ratios are to the fused path.
 
     A ratio is taken within each round, so that what slows the machine for a while slows both.
@@ -117,7 +123,7 @@ def record_of(workload: Workload, clock: str, statuses: Record, rounds: Sequence
         "rounds": len(rounds),
         "gflop": operations / 1e9,
         "peak_gflops": None if peak is None else peak / 1e9,
-        "tolerance": workload.tolerance,
+        "tolerance": tolerance(tasks or workload.tasks),
         "candidates": candidates,
     }
 

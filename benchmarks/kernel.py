@@ -70,7 +70,8 @@ def memory_goal(problem: Problem) -> int:
     leaves = -(-len(problem.batch[0]) // _native.require("memory_goal").leaf_tasks)
     waiting = leaves.bit_length()  # finished subtrees, at most one of each height
     in_flight = min(leaves, int(executor.leaves_in_flight(threads))) + waiting + 1
-    return in_flight * int(executor.gradient_bytes()) + threads * 4_000_000
+    gradient = int(executor.gradient_bytes())
+    return int(in_flight * gradient + threads * 4_000_000)
 
 
 def overhead(problem: Problem, calls: int) -> dict[str, float]:

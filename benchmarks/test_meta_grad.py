@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.candidates import MUST_BE_RIGHT
 from benchmarks.conductor import WorkerProcess, judged, measure_memory, record_of
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.workloads import SMOKE_TASKS, WORKLOADS, Workload
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
@@ -46,7 +46,7 @@ def _measure(
         rounds=config.getoption("rounds"),
         iterations=1,
     )
-    record = record_of(workload, clock, statuses, rounds)
+    record = record_of(workload, clock, statuses, rounds, SMOKE_TASKS if smoke else None)
     if workload.memory and not smoke and not config.getoption("no_memory"):
         measure_memory(workload, record)
     record["goals"] = judged(workload, record)

@@ -21,11 +21,10 @@ import torch
 
 from benchmarks import kernel, machine, memory
 from benchmarks.candidates import CANDIDATES, OURS, Prepared, distance, exact
-from benchmarks.workloads import WORKLOADS, Problem, Workload
+from benchmarks.workloads import SMOKE_STEPS, SMOKE_TASKS, WORKLOADS, Problem, tolerance
 from fastmeta import _native
 
 TURN = 0.03  # seconds that a candidate's turn in a round should last
-SMOKE_TASKS = SMOKE_STEPS = 2
 
 
 class Worker:
@@ -64,7 +63,7 @@ class Worker:
             elif candidate.compiles and smoke:
                 status.update(status="left out", why="compilers are left out of smoke runs")
             else:
-                self._prepare(key, problem, truth, what, status, smoke)
+                self._prepare(key, problem, truth, status, smoke)
         self._add_one_thread(statuses, smoke)
         return statuses
 
@@ -73,7 +72,6 @@ class Worker:
         key: str,
         problem: Problem,
         truth: Any,
-        what: Workload,
         status: dict[str, Any],
         smoke: bool,
     ) -> None:
@@ -90,7 +88,7 @@ class Worker:
             status.update(status="refused" if refusal else "failed", why=text)
             return
         del result
-        if not status["error"] <= what.tolerance:
+        if not status["error"] <= tolerance(len(problem.batch[0])):
             status["status"] = "red"
             return
         self._add_turn(key, prepared.call, smoke)
