@@ -188,8 +188,7 @@ def cases(
     forms = st.sampled_from(RATE_FORMS[:3] if wide else RATE_FORMS)
     one_rate = draw(st.booleans())
     rates = tuple(
-        (name, draw(forms), draw(st.booleans()))
-        for name in (["*"] if one_rate else chosen)
+        (name, draw(forms), draw(st.booleans())) for name in (["*"] if one_rate else chosen)
     )
     if one_rate:  # a single number, or one for each step, for all that adapts
         form = rates[0][1] if rates[0][1] in ("number", "one", "per-step") else "one"
@@ -330,9 +329,9 @@ def of_task(case: Case, inputs: Inputs, task: int) -> Params:
     return {n: p[task] if n in case.per_task else p for n, p in inputs.params.items()}
 
 
-def interpreted(case: Case) -> dict[str, Params]:
+def interpreted(case: Case, inputs: Inputs | None = None) -> dict[str, Params]:
     """The same by the program's interpreter, task by task, with the hand rules."""
-    inputs, program = case.inputs, case.program
+    inputs, program = case.inputs if inputs is None else inputs, case.program
     rates = resolve(inputs.inner, program.params).rates
     plain = {n: r.detach() if isinstance(r, Tensor) else r for n, r in rates.items()}
     each = [

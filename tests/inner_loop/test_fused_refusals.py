@@ -121,7 +121,9 @@ def needs_grad() -> tuple[Tensor, ...]:
 
 def with_index() -> TaskBatch:
     xs, ys, xq, yq = rows()
-    return TaskBatch(Examples(xs, ys, index=torch.zeros(T, 1, 3, dtype=torch.int64)), Examples(xq, yq))
+    return TaskBatch(
+        Examples(xs, ys, index=torch.zeros(T, 1, 3, dtype=torch.int64)), Examples(xq, yq)
+    )
 
 
 def weighted() -> TaskBatch:
@@ -137,9 +139,7 @@ def one_row() -> tuple[Tensor, ...]:
 REFUSALS: dict[str, Refusal] = {
     "recurrent": Refusal("gru", "reference", Recurrent, lambda: rows(7)),
     "attention": Refusal("attention", "vectorized", Attention, lambda: rows(7)),
-    "tracked-batch-norm": Refusal(
-        "track", "reference", tracked, options={"batch_norm": "track"}
-    ),
+    "tracked-batch-norm": Refusal("track", "reference", tracked, options={"batch_norm": "track"}),
     "dropout": Refusal("dropout", "reference", dropout),
     "tied-weights": Refusal("'weight'", "vectorized", Tied),
     "branches": Refusal("", "vectorized", Residual),
@@ -158,9 +158,7 @@ REFUSALS: dict[str, Refusal] = {
     "task-transform": Refusal(
         "task_transform", "vectorized", options={"task_transform": lambda grads: grads}
     ),
-    "frozen-statistics": Refusal(
-        "frozen", "vectorized", tracked, options={"batch_norm": "frozen"}
-    ),
+    "frozen-statistics": Refusal("frozen", "vectorized", tracked, options={"batch_norm": "frozen"}),
     "another-backend": Refusal("reference", "vectorized", options={"backend": "reference"}),
     "float16": Refusal(
         "float16", "vectorized", lambda: mlp().half(), lambda: rows(dtype=torch.float16)
@@ -185,9 +183,7 @@ def arguments(refusal: Refusal) -> dict[str, Any]:
 def test_asked_for_it_says_why_not(name: str) -> None:
     refusal = REFUSALS[name]
     with pytest.raises(ValueError, match="path") as caught:
-        meta_grad(
-            refusal.model(), None, refusal.batch(), path="fused", **arguments(refusal)
-        )
+        meta_grad(refusal.model(), None, refusal.batch(), path="fused", **arguments(refusal))
     words = str(caught.value)
     assert "fused" in words
     assert refusal.words.lower() in words.lower()
@@ -233,7 +229,7 @@ def test_batch_norm_over_one_row_is_refused() -> None:
     program = Program.chain([Linear(D, C), BatchNorm1d(C)], (D,), loss)
     params = {name: torch.ones(shape) for name, shape in program.params.items()}
     for batch in (one_row(), one_live_row()):
-        with pytest.raises(ValueError, match=r"support.* more than (one row|1 value)"):
+        with pytest.raises(ValueError, match=r"more than (one row|1 value)"):
             meta_grad(program, params, batch, inner=SGD(0.1), loss=None, path="fused")
 
 
