@@ -131,7 +131,8 @@ def record_of(
 def measure_memory(workload: Workload, record: Record, tasks: int | None = None) -> None:
     """Add the extra memory of each candidate that was right, each in a process of its own."""
     for key, row in record["candidates"].items():
-        if key in CANDIDATES and row["status"] == "ok":
+        in_call = key == "compile"  # its compiler runs within the call, and would be measured
+        if key in CANDIDATES and row["status"] == "ok" and not in_call:
             with WorkerProcess(workload.threads) as worker:
                 row["memory"] = worker.do(
                     "memory", workload=workload.id, candidate=key, tasks=tasks
