@@ -1,5 +1,7 @@
 #include "runtime.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -108,6 +110,15 @@ std::atomic<double> work_per_thread{1e6};
 
 }  // namespace
 
+namespace {
+
+// OpenMP's threads do not survive a fork, and a team in the child would wait for them forever.
+std::atomic<bool> in_forked_child{false};
+const int fork_handler =
+    pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true); });
+
+}  // namespace
+
 double set_work_per_thread(double multiply_adds) { return work_per_thread.exchange(multiply_adds); }
 
 Executor::Executor(std::vector<Layer> layers, std::vector<Param> params, Plan dimensions,
@@ -168,7 +179,7 @@ void Executor::run(const Call& call, int threads) {
   team.leaves = (call.tasks + kLeafTasks - 1) / kLeafTasks;
   const double worth = std::max(1.0, call.tasks * work_per_task_ / work_per_thread.load());
   if (worth < threads) threads = static_cast<int>(worth);
-  threads = std::max(1, std::min(threads, team.leaves));
+  threads = in_forked_child ? 1 : std::max(1, std::min(threads, team.leaves));
   team.wave = leaves_in_flight(threads);
   int levels = 1;
   while ((1 << levels) <= team.leaves) levels++;

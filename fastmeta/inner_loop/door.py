@@ -7,20 +7,23 @@ to see: the objects themselves (module, submodule modes, parameters and where th
 optimizer's values, the loss) and the sizes, dtype and layout of the batch. Anything else goes the
 long way again, errors included. The numbers are the same bits either way.
 
-A door does not see what its checks do not touch: a layer's hyper-parameter changed in place
-(``leaky.negative_slope = 0.3``), a forward hook added, ``FASTMETA_ISA`` or ``FASTMETA_BACKEND`` set
-in the environment of a running process. ``forget`` closes all doors.
+No door is made of a module with hooks, or with attributes that can change in place, nor of a loss
+that closes over something: those calls always go the long way. A door does not see a global that a
+function reads, or ``FASTMETA_ISA`` or ``FASTMETA_BACKEND`` set in the environment of a running
+process. ``forget`` closes all doors.
 """
 
 from __future__ import annotations
 
-import math
 import threading
+import types
 import weakref
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
 
 from fastmeta import _native
 from fastmeta.batch import TaskBatch
@@ -31,29 +34,35 @@ from fastmeta.inner_loop.request import Request
 from fastmeta.inner_loop.result import Grads, MetaGrad
 from fastmeta.ops.backend import forced_backend
 from fastmeta.ops.executor import executor_of
+from fastmeta.program import cache
 
 __all__ = ["Door", "find", "forget", "remember"]
 
 _MOST_DOORS = 8  # a module: training and evaluation, a last small batch, a few rates
 
 
+class _ByModule(dict[int, "list[Door]"]):
+    """A dict that can be referred to weakly: a module's finalizer outlives a thread."""
+
+
 class _Doors(threading.local):
     """A thread's doors by the module's id: executors, too, belong to a thread."""
 
     def __init__(self) -> None:
-        self.of: dict[int, list[Door]] = {}
+        self.of = _ByModule()
 
 
 _doors = _Doors()
 
 
 def forget() -> None:
-    """Close all doors of this thread, so that the next calls look at everything anew.
+    """Close all doors of this thread, and forget what was read, so that calls look anew.
 
     Example:
         >>> forget()
     """
     _doors.of.clear()
+    cache.clear()
 
 
 class Door:
@@ -81,12 +90,11 @@ class Door:
         self.trainable = tuple(name for name in chain.names if name in request.params)
         self.adapted = request.rates.adapted
         self.classifies = spec.loss == "cross_entropy"
-        self.state = OptimizerState(torch.full((self.tasks,), spec.steps), {}, {})
         # the rates' tensors are kept, because the door has their addresses
         self.rates = {rate: torch.tensor([rate], dtype=dtype) for rate in set(rates.values())}
-        numbers = sum(param.numel() for param in self.params.values())
-        numbers += self.tasks * (1 + spec.steps + self.classifies)
+        numbers = self.tasks * (1 + spec.steps + self.classifies)
         self.blank = torch.empty(1, dtype=dtype).expand(numbers)  # a shape without memory
+        watched = [*module.modules(), *_loss_modules(request.loss)]
         self.native = _native.require("meta_grad").Door(
             executor=executor_of(spec, dtype),
             tasks=self.tasks,
@@ -94,12 +102,13 @@ class Door:
             tensor_type=Tensor,
             rows=[batch.support.x, batch.support.y, batch.query.x, batch.query.y],
             places=[(o, k, o[k], o[k].requires_grad) for o, k in owners.values()],
-            modes=[(m.__dict__, m.training) for m in module.modules()],
-            children=[(m._modules, list(m._modules.values())) for m in module.modules()],
+            attributes=[(m.__dict__, list(m.__dict__.values())) for m in watched],
+            empty=[hooks for m in watched for hooks in _hooks(m)],
+            children=[(m._modules, list(m._modules.values())) for m in watched],
             rates=[self.rates[rates[n]].data_ptr() if n in rates else 0 for n in chain.names],
             classifies=self.classifies,
             block=self.blank,
-            allocate=torch.empty_like,
+            empty_like=torch.empty_like,
             thread_count=torch.get_num_threads,
         )
 
@@ -112,45 +121,48 @@ class Door:
         )
 
 
-class PreparedMetaGrad(MetaGrad):
-    """A result whose parts are made when the first of them is looked at.
+_Found: TypeAlias = tuple[tuple[Tensor, ...], Tensor, tuple[int, ...]]
 
-    One block of memory holds all numbers; the gradients are views of it.
-    """
+
+class PreparedMetaGrad(MetaGrad):
+    """A result whose parts are put together when they are first looked at."""
 
     path: str = "fused"
 
-    def __init__(self, door: Door, batch: Any, found: tuple[Tensor, tuple[int, ...]]) -> None:
+    def __init__(self, door: Door, batch: Any, found: _Found) -> None:
         self._of = (door, batch, found)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("grads", "losses", "metrics", "adapted"):
+        door, batch, (grads, block, versions) = self._of
+        if name == "grads":
+            named = dict(zip(door.params, grads, strict=True))
+            inner = pytree.tree_map(lambda _: None, door.inner)
+            self.grads = Grads({name: named[name] for name in door.trainable}, inner)
+        elif name == "adapted":
+            rows = _rows(batch) or ()
+            watched = zip((*door.params.values(), *rows[:2]), versions, strict=True)
+            self.adapted = LazyAdapted(door.adapted, watched, lambda: _adapted(door, batch))
+        elif name in ("losses", "metrics"):
+            tasks, steps = door.tasks, door.steps
+            self.losses = block[:tasks]
+            support = block[tasks : tasks * (1 + steps)].view(tasks, steps)
+            self.metrics = {"support_loss": support}
+            if door.classifies:
+                self.metrics["accuracy"] = block[tasks * (1 + steps) :]
+        else:
             raise AttributeError(name)
-        self._make()
-        return getattr(self, name)
+        return self.__dict__[name]
 
     @property
     def state(self) -> OptimizerState:  # type: ignore[override]
         """The state after the last step; SGD carries the count of its steps alone."""
-        return self._of[0].state
+        door = self._of[0]
+        return OptimizerState(torch.full((door.tasks,), door.steps), {}, {})
 
-    def _make(self) -> None:
-        door, batch, (block, versions) = self._of
-        tasks, steps = door.tasks, door.steps
-        shapes = [*(p.shape for p in door.params.values()), (tasks,), (tasks, steps)]
-        if door.classifies:
-            shapes.append((tasks,))
-        parts = block.split_with_sizes([math.prod(shape) for shape in shapes])
-        views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        by_name = dict(zip(door.params, views, strict=False))
-        self.grads = Grads({name: by_name[name] for name in door.trainable})
-        count = len(door.params)
-        self.losses, self.metrics = views[count], {"support_loss": views[count + 1]}
-        if door.classifies:
-            self.metrics["accuracy"] = views[count + 2]
-        rows = _rows(batch) or ()
-        watched = zip((*door.params.values(), *rows[:2]), versions, strict=True)
-        self.adapted = LazyAdapted(door.adapted, watched, lambda: _adapted(door, batch))
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is a plain result, with all its parts."""
+        parts = (self.grads, self.losses, self.metrics, dict(self.adapted), self.state, self.path)
+        return MetaGrad, parts
 
 
 def _adapted(door: Door, batch: Any) -> dict[str, Tensor]:
@@ -161,6 +173,55 @@ def _adapted(door: Door, batch: Any) -> dict[str, Tensor]:
         raise RuntimeError("meta_grad: adapted must be read while the module is alive")
     support = TaskBatch.of(batch).support
     return adapt(module, None, support, inner=door.inner, loss=door.loss, path="fused").params
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(
+    value
+    for name, value in vars(torch.nn.modules.module).items()
+    if name.startswith("_global_") and isinstance(value, dict)
+)
+_INTERNAL = frozenset(nn.Module().__dict__)  # what every module has; looked at by its content
+_PLAIN = (int, float, str, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def _hooks(module: nn.Module) -> list[dict[Any, Any]]:
+    """Dictionaries that must be empty: a module's hooks, and those of all modules."""
+    return [*(module.__dict__[name] for name in _HOOKS), *_GLOBAL_HOOKS]
+
+
+def _loss_modules(loss: Any) -> list[nn.Module]:
+    return list(loss.modules()) if isinstance(loss, nn.Module) else []
+
+
+def _is_plain(module: nn.Module, loss: Any) -> bool:
+    """Whether all that a call depends on shows in the identity of attributes."""
+    if not isinstance(loss, nn.Module) and (
+        not isinstance(loss, types.FunctionType) or loss.__closure__ is not None
+    ):
+        return False
+    for part in (*module.modules(), *_loss_modules(loss)):
+        if any(_hooks(part)):
+            return False
+        if part._buffers and not isinstance(part, _NormBase):  # whose batch statistics are used
+            return False
+        extra = [value for name, value in part.__dict__.items() if name not in _INTERNAL]
+        if not all(_never_changes(value) for value in extra):
+            return False
+    return True
+
+
+def _never_changes(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_never_changes(entry) for entry in value)
+    function = isinstance(value, types.FunctionType) and value.__closure__ is None
+    return function or isinstance(value, (*_PLAIN, types.BuiltinFunctionType))
+
+
+def _close(doors: weakref.ref[_ByModule], key: int) -> None:
+    mine = doors()
+    if mine is not None:
+        mine.pop(key, None)
 
 
 def _owner(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
@@ -186,7 +247,9 @@ def _rows(batch: Any) -> tuple[Any, ...] | None:
     if kind is not TaskBatch:
         return None
     support, query = batch.support, batch.query
-    if support.weight is not None or support.index is not None or query.weight is not None:
+    if support.weight is not None or query.weight is not None:
+        return None
+    if support.index is not None or query.index is not None:
         return None
     return support.x, support.y, query.x, query.y
 
@@ -204,7 +267,7 @@ def find(
         options: order, reduction, path, backend; everything else has its default.
     """
     doors = _doors.of.get(id(module))
-    if doors is None:
+    if doors is None or torch.is_autocast_enabled("cpu"):
         return None
     rows = _rows(batch)
     if rows is None:
@@ -234,6 +297,8 @@ def remember(request: Request, options: tuple[Any, ...]) -> None:
         return
     if not all(type(t) is Tensor and t.is_contiguous() for t in rows):
         return
+    if not _is_plain(module, request.loss):
+        return
     if not _native.require("meta_grad").has_doors(Tensor):
         return  # a torch without DLPack's C interface: every call goes the long way
     _, chain = request.cache["fused"]
@@ -243,6 +308,5 @@ def remember(request: Request, options: tuple[Any, ...]) -> None:
     key = id(module)
     doors = _doors.of.setdefault(key, [])
     if not doors:
-        mine = _doors.of
-        weakref.finalize(module, mine.pop, key, None).atexit = False
+        weakref.finalize(module, _close, weakref.ref(_doors.of), key).atexit = False
     doors[:] = [door, *(d for d in doors if d.module() is module)][:_MOST_DOORS]

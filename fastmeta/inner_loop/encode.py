@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
@@ -103,14 +104,18 @@ def _forms(
     program: Program, chain: Chain, rates: Mapping[str, Number]
 ) -> tuple[RateForm | None, ...]:
     forms: list[RateForm | None] = []
-    owners: dict[tuple[int, int, int], int] = {}
+    owners: dict[tuple[Any, ...], int] = {}
+    bases: list[Tensor] = []  # kept, so that no other tensor gets the id of one
     for index, name in enumerate(chain.names):
         rate = rates.get(name)
         form = None if rate is None else rate_form(rate, program.params[name])
         if isinstance(rate, Tensor) and form is not None and form.gradient and not form.per_element:
             # rates are views of the tensors that were given: the same one is the same place in it
             base = rate if rate._base is None else rate._base
-            place = (id(base), rate.data_ptr(), rate.numel())
+            bases.append(base)
+            # [I or 1, 1, ...]: the axes after the first are the parameter's, not the rate's
+            stride = rate.stride(0) if rate.shape[0] > 1 else 0
+            place = (id(base), rate.storage_offset(), rate.shape[0], stride)
             owner = owners.setdefault(place, index)
             form = replace(form, owner=-1 if owner == index else owner)
         forms.append(form)

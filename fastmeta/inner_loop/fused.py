@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fastmeta import _native
 from fastmeta.batch import Examples
@@ -39,6 +40,8 @@ def _option(request: Request) -> str | None:
         return f"backend {request.backend!r} has no executor of programs"
     if _native.load() is None:  # which warns, once: no fallback that nobody can see
         return _native.reason()
+    if torch.is_autocast_enabled("cpu"):
+        return "the executors do not follow autocast"
     if type(request.inner) is not SGD:
         return f"the inner optimizer {type(request.inner).__name__} is not compiled, only SGD is"
     if request.outer != "query":
@@ -168,10 +171,12 @@ def meta_grad(request: Request) -> MetaGrad:
         metrics["accuracy"] = out.accuracies
     losses = out.losses if out.losses is not None else out.support_losses.new_empty(0)
     state = OptimizerState(torch.full((tasks,), spec.steps), {}, {})
-    watched = [
-        (tensor, tensor._version)
-        for tensor in (*request.params.values(), batch.support.x, batch.support.y)
-    ]
+    tensors_of_call = (
+        *request.params.values(),
+        *request.frozen.values(),
+        *pytree.tree_leaves((request.inner, batch.support)),
+    )
+    watched = [(value, value._version) for value in tensors_of_call if isinstance(value, Tensor)]
     adapted = LazyAdapted(request.rates.adapted, watched, lambda: adapt(request))
     return MetaGrad(Grads(grads, inner, loss_params), losses, metrics, adapted, state, "fused")
 
@@ -202,7 +207,8 @@ class LazyAdapted(Mapping[str, Tensor]):
     """Adapted parameters by name, ``[T, ...]``, worked out when they are first looked at.
 
     A training step rarely looks, and at many tasks they are large. They are those of the call's
-    parameters and data: once one of these was changed in place, looking is an error.
+    parameters, rates and data: once one of these was changed in place, looking is an error. (A
+    change through ``.data`` is one that torch does not count, and nobody can see.)
 
     Args:
         names: the parameters that adapt.
@@ -252,7 +258,8 @@ def _found(request: Request) -> tuple[Program, Chain]:
 
 
 def _rows(examples: Examples) -> Rows:
-    return Rows(examples.x, examples.y, examples.weight)
+    weight = examples.weight
+    return Rows(examples.x, examples.y, None if weight is None else weight.to(examples.x.dtype))
 
 
 def _params(request: Request, chain: Chain) -> list[Tensor]:

@@ -403,7 +403,7 @@ def compute(
     none: list[Tensor | None] = [None] * len(params)
     rows = (*support, *(query if query is not None else (None, None, None)))
     inputs = [
-        None if tensor is None else tensor.contiguous()
+        None if tensor is None else tensor.resolve_neg().contiguous()
         for tensor in (*params, *rates, *(cotangents if cotangents is not None else none), *rows)
     ]
     count = len(params)

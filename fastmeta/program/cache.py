@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from fastmeta.program.ir import Program, Unsupported
 
@@ -87,15 +88,47 @@ def clear() -> None:
     _answers.clear()
 
 
+_INTERNAL = frozenset(nn.Module().__dict__)  # what every module has; looked at one by one
+
+
+def content(value: Any) -> Hashable:
+    """What tells one value of an attribute from another.
+
+    Plain values themselves, the content of containers and closures; of all else which object it
+    is, and for a tensor its version.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return (type(value), value)
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return (type(value), *(content(entry) for entry in value))
+    if isinstance(value, dict):
+        return (dict, *((content(key), content(entry)) for key, entry in value.items()))
+    if isinstance(value, Tensor):
+        return (id(value), value._version)
+    if isinstance(value, types.FunctionType):
+        cells = value.__closure__ or ()
+        return (value.__code__, *(content(_held(cell)) for cell in cells))
+    return id(value)
+
+
+def _held(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet assigned
+        return None
+
+
 def _structure(model: nn.Module) -> Hashable:
     """What is cheap to see of a module: its submodules, their mode and hooks, its parameters."""
-    seen: list[Any] = []
+    seen: list[Any] = [*_global_forward_hooks, None, *_global_forward_pre_hooks]
     stack = [model]
     for module in stack:  # it grows as the submodules come in
         own = module.__dict__  # attribute by attribute this would be the most of a call's cost
         seen.append(id(module))
         seen.append(type(module))
         seen.append(own["training"])
+        if len(own) > len(_INTERNAL):
+            seen += [(name, content(value)) for name, value in own.items() if name not in _INTERNAL]
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             seen += ("forward", *own["_forward_hooks"], "pre", *own["_forward_pre_hooks"])
         if own["_backward_hooks"] or own["_backward_pre_hooks"]:
@@ -122,7 +155,7 @@ def _loss_key(loss: Callable[..., Any] | None) -> tuple[Hashable, Any]:
     if isinstance(loss, types.FunctionType):
         if loss.__closure__ is None and not loss.__defaults__ and not loss.__kwdefaults__:
             return (loss.__code__, id(loss.__globals__)), None
-        return id(loss), loss
+        return (id(loss), content(loss)), loss
     if isinstance(loss, types.MethodType):
         return (id(loss.__func__), id(loss.__self__)), loss.__self__
     if isinstance(loss, functools.partial):
@@ -131,5 +164,5 @@ def _loss_key(loss: Callable[..., Any] | None) -> tuple[Hashable, Any]:
             key, alive = _loss_key(loss.func)
             return ("partial", key, loss.args, tuple(loss.keywords.items())), alive
     if isinstance(loss, nn.Module):
-        return (id(loss), loss.training, getattr(loss, "reduction", None)), loss
+        return (id(loss), _structure(loss)), loss
     return id(loss), loss

@@ -279,16 +279,16 @@ def test_scaled_and_added_to_other_losses() -> None:
 def test_run_to_run_and_thread_to_thread() -> None:
     batch, found = images(), []
 
-    def work() -> None:
-        module = maml()
+    def work(module: MAML) -> None:
         module.meta_gradient(batch)
         found.append(grads(module))
 
-    work()
+    work(maml())
     for _ in range(3):
         drop_executors()
-        work()
-    team = [threading.Thread(target=work) for _ in range(3)]
+        work(maml())
+    # each thread its own module, made here: the generator that draws weights is everyone's
+    team = [threading.Thread(target=work, args=(module,)) for module in (maml(), maml(), maml())]
     for member in team:
         member.start()
     for member in team:
