@@ -142,7 +142,7 @@ def goals(results: Record) -> str:
                     f"{row['goal_us']:.0f} µs",
                     f"{spread['median']:.1f} µs",
                     f"{spread['upper']:.1f} µs",
-                    "met" if spread["upper"] < row["goal_us"] else "NOT MET",
+                    "met" if row["met"][what] else "NOT MET",
                 ]
             )
     header = ["workload", "what", "goal", "median", "quartile", ""]
