@@ -134,7 +134,8 @@ def choose(request: Request, path: str = "auto") -> Choice:
     passed = [found for found in verdicts if found.path != chosen]
     if passed:
         reasons = "; ".join(f"{found.path}: {found}" for found in passed)
-        log_once(request.model or request.program, f"path {chosen!r} ({reasons})")
+        owner = request.program if request.model is None else request.model
+        log_once(owner, f"path {chosen!r} ({reasons})")
     return Choice(chosen, tuple(verdicts))
 
 

@@ -95,13 +95,50 @@ def _forward(request: Request) -> tuple[Rows, Any]:
 def _try_loss(request: Request, rows: Rows, output: Any) -> None:
     if request.loss is None:
         return
-    with quietly(request), torch.no_grad():
+    leaf = pytree.tree_map(
+        lambda t: t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t,
+        output,
+    )
+    with quietly(request), torch.enable_grad():
         try:
-            request.loss(output, rows.y, **(request.loss_params or {}))
+            value = request.loss(leaf, rows.y, **(request.loss_params or {}))
         except (RuntimeError, ValueError, IndexError) as error:
             given = f"an output ({_describe(output)}) and targets ({_describe(rows.y)})"
             words = f"{type(error).__name__}: {error}"
             raise value_error(request.op, "loss", f"take {given}", words) from error
+    arguments = {id(t) for t in pytree.tree_leaves((leaf, rows, request.loss_params))}
+    stray = {id(t): t for t in _leaves_of(value) if id(t) not in arguments}
+    if stray:
+        name = next((name for name, p in _named(request) if id(p) in stray), None)
+        first = next(iter(stray.values()))
+        found = describe(first) if name is None else f"the model's parameter {name!r}"
+        must = (
+            "reach tensors that require grad through its arguments alone (loss_params=), since the "
+            "inner loop puts adapted parameters in the place of the model's only while it runs"
+        )
+        raise value_error(request.op, "loss", must, found)
+
+
+def _named(request: Request) -> list[tuple[str, Tensor]]:
+    return [] if request.model is None else list(request.model.named_parameters())
+
+
+def _leaves_of(value: Any) -> list[Tensor]:
+    """The tensors that require grad and that a value was computed from."""
+    if not isinstance(value, Tensor) or value.grad_fn is None:
+        return []
+    found: list[Tensor] = []
+    nodes, seen = [value.grad_fn], {value.grad_fn}
+    while nodes:
+        node = nodes.pop()
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            found.append(variable)
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                nodes.append(parent)
+    return found
 
 
 def _words(value: Any, error: Exception) -> str:

@@ -510,3 +510,31 @@ def test_compiled_code_breaks_around_the_call() -> None:
     with pytest.raises(Exception, match=r"fastmeta\.meta_grad runs its own kernels"):
         torch.compile(whole, backend="aot_eager", fullgraph=True)(scale)
     torch.testing.assert_close(torch.compile(step, backend="aot_eager")(scale), want)
+
+
+def test_a_loss_that_reads_the_models_parameters_is_refused() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+    x, y = torch.randn(3, 5, 2), torch.randn(3, 5, 1)
+
+    def decayed(output: Tensor, target: Tensor) -> Tensor:
+        return ((output - target) ** 2).mean() + sum(p.square().sum() for p in net.parameters())
+
+    with pytest.raises(
+        ValueError, match=r"loss must reach .* got the model's parameter '0.weight'"
+    ):
+        meta_grad(net, None, (x, y, x, y), inner=SGD(), loss=decayed)
+
+
+def test_a_module_of_length_zero_is_a_module() -> None:
+    class Bare(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * x
+
+    x, y = torch.randn(3, 5, 1), torch.randn(3, 5, 1)
+    found = meta_grad(Bare(), None, (x, y, x, y), inner=SGD(), loss=nn.functional.mse_loss)
+    assert found.grads.params["scale"].shape == (1,)
