@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import traceback
 import warnings
@@ -147,9 +148,9 @@ def _train(options: argparse.Namespace) -> int:
         validate_every=options.validate_every,
         progress=not options.quiet,
     )
-    if report is None:
+    if isinstance(report, signal.Signals):
         _say(f"interrupted; --out {out} --resume goes on from its checkpoint")
-        return 130
+        return 128 + report  # 130 for SIGINT, 143 for SIGTERM, as a shell says it
     print(report.text())
     print(f"report: {out}/report")
     return 0

@@ -60,6 +60,8 @@ class Recipe(abc.ABC):
             ("evaluation_tasks", 1),
         ):
             whole_number(self.name, name, getattr(self, name), at_least=least)
+        if self.seed >= 2**63:  # torch's generators and the task source take 64 signed bits
+            raise value_error(self.name, "seed", "be at least 0 and below 2**63", self.seed)
         number(self.name, "meta_lr", self.meta_lr, at_least=0.0)
         if self.path not in ("auto", *PATHS):
             must = f"be one of {', '.join(('auto', *PATHS))}"
@@ -153,7 +155,7 @@ class Recipe(abc.ABC):
         return torch.optim.Adam(learner.parameters(), lr=self.meta_lr)
 
     def targets(self) -> Sequence[Target]:
-        """Published numbers, and the floors of the preset as it stands."""
+        """Numbers to compare with, and the floors of the preset as it stands."""
         return ()
 
     def notes(self) -> Sequence[str]:

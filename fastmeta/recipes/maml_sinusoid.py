@@ -19,9 +19,9 @@ from fastmeta.training.evaluation import Evaluation, evaluate
 from fastmeta.training.report import Target
 
 _TABLE = "Finn et al. 2017, table 2"
-_FIGURE = "measured with JAX at these settings"
+_MEASURED = "measured with JAX at these settings"
 # shots -> (after one step, tolerance, where the number is from).
-_PUBLISHED = {5: (0.67, 0.05, _TABLE), 10: (0.40, 0.04, _FIGURE)}
+_REFERENCE = {5: (0.67, 0.05, _TABLE), 10: (0.40, 0.04, _MEASURED)}
 # Written down before the first run: what 5,000 of the 70,000 iterations must reach.
 _SHORT_AT_MOST = {5: 1.5, 10: 1.0}
 
@@ -108,10 +108,10 @@ class MAMLSinusoid(Recipe):
         )
 
     def targets(self) -> Sequence[Target]:
-        """The published number after one step, with what the preset asks for."""
-        if self.shots not in _PUBLISHED or self.inner_lr != 0.01:
+        """The number to compare with after one step, with what the preset asks for."""
+        if self.shots not in _REFERENCE or self.inner_lr != 0.01:
             return ()
-        value, tolerance, source = _PUBLISHED[self.shots]
+        value, tolerance, source = _REFERENCE[self.shots]
         low = high = None
         if self.as_preset:
             high = _SHORT_AT_MOST[self.shots]

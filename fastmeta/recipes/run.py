@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from fastmeta.recipes.base import Recipe
 from fastmeta.recipes.maml_omniglot import MAMLOmniglot
 from fastmeta.recipes.maml_sinusoid import MAMLSinusoid
 from fastmeta.training.checkpoint import Checkpoint, CheckpointFolder, sync_folder
-from fastmeta.training.loop import CHECKPOINTS, METRICS, train
+from fastmeta.training.loop import CHECKPOINTS, METRICS, STATE, train
 from fastmeta.training.report import Report, write_report
 from fastmeta.training.settings import check_model, check_settings
 
@@ -34,7 +35,7 @@ def run(
     max_seconds: float | None = None,
     validate_every: int | None = None,
     progress: bool = True,
-) -> Report | None:
+) -> Report | signal.Signals:
     """Train a recipe in a folder, evaluate it on held-out tasks, and write its report.
 
     The folder gets ``run.json`` (the settings), ``metrics.jsonl``, ``checkpoints/`` and
@@ -51,14 +52,16 @@ def run(
         progress: show progress on standard error.
 
     Returns:
-        The report; None when a signal ended the training (a checkpoint is written then).
+        The report, or the signal that ended the training (a checkpoint is written then).
 
     Raises:
         ValueError: the folder holds another run; settings that changed; data that are not there.
         NonFiniteLoss: a loss is not finite.
     """
     out = Path(out)
-    checkpoints = CheckpointFolder(out / CHECKPOINTS)
+    if out.exists() and not out.is_dir():
+        raise value_error("run", "out", "be a folder", f"a file, {out}")
+    checkpoints = CheckpointFolder(out / CHECKPOINTS, requires=STATE)
     if checkpoints.files():
         if not resume:
             must = "be a folder without checkpoints, unless resuming"
@@ -87,7 +90,7 @@ def run(
         progress=progress,
     )
     if result.stopped not in ("finished", "max_seconds"):
-        return None
+        return signal.Signals[result.stopped]
     report = _report(recipe, learner, data_root, result.step, result.seconds, result.stopped)
     write_report(out / REPORT, report, out / METRICS)
     return report
@@ -116,7 +119,7 @@ def evaluate_run(
     """
     out = Path(out)
     recipe = _stored(out)
-    folder = CheckpointFolder(out / CHECKPOINTS)
+    folder = CheckpointFolder(out / CHECKPOINTS, requires=STATE)
     checkpoint = folder.best() if best else folder.latest()
     if checkpoint is None:
         must = f"hold a {'best ' if best else ''}checkpoint"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -42,7 +41,7 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str], requires: Iterable[str] = ()) -> Checkpoint:
     """Read one checkpoint file and check it whole.
 
     The file is what `torch.save` writes, a zip archive, so that any program with torch can read
@@ -52,12 +51,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
         path: the file.
+        requires: the keys that its state must have.
 
     Returns:
         The checkpoint; tensors are on the CPU.
 
     Raises:
-        DamagedCheckpoint: the file is missing, cut short, damaged, or not written by this project.
+        DamagedCheckpoint: the file is missing, cut short, damaged, lacks a required key, or is not
+            written by this project.
         ValueError: it was written in a format of another version.
     """
     path = Path(path)
@@ -79,7 +80,19 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"checkpoint: path must be a checkpoint of format {FORMAT}, got format "
             f"{content['fastmeta_checkpoint']} in {path}"
         )
-    return Checkpoint(path, int(content["step"]), content["state"])
+    step: Any = content.get("step")
+    state: Any = content.get("state")
+    lacking = [] if isinstance(step, int) else ["step"]
+    if isinstance(state, dict):
+        lacking += [f"state[{key!r}]" for key in requires if key not in state]
+    else:
+        lacking.append("state")
+    if lacking:
+        raise DamagedCheckpoint(
+            f"checkpoint: path must be a whole checkpoint, got {path}: it lacks "
+            f"{', '.join(lacking)}"
+        )
+    return Checkpoint(path, step, state)
 
 
 class CheckpointFolder:
@@ -93,6 +106,8 @@ class CheckpointFolder:
         folder: where the files lie; made on the first save.
         keep: how many of the newest checkpoints to keep. Two, so that one damaged file costs one
             interval and not the run.
+        requires: the keys that a state must have to be read back; a file that lacks one counts as
+            damaged.
 
     Raises:
         ValueError: ``keep`` is below 1.
@@ -106,11 +121,14 @@ class CheckpointFolder:
         10
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int = 2) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], keep: int = 2, *, requires: Iterable[str] = ()
+    ) -> None:
         if keep < 1:
             raise ValueError(f"CheckpointFolder: keep must be at least 1, got {keep}")
         self.folder = Path(folder)
         self.keep = keep
+        self.requires = tuple(requires)
         self._readable = False
 
     def files(self) -> list[Path]:
@@ -131,25 +149,19 @@ class CheckpointFolder:
             The file's path.
 
         Raises:
-            ValueError: ``state`` holds something that could be written but not read back.
+            ValueError: ``state`` holds something that could be written but not read back; no file
+                is replaced.
             OSError: the disk is full or the folder read-only; earlier checkpoints are untouched.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
         final = self.folder / f"step-{step:09d}.pt"
         content = {"fastmeta_checkpoint": FORMAT, "step": step, "state": dict(state)}
-        self._replace(final, lambda file: torch.save(content, file))
-        if not self._readable:  # once a run: better now than when it is needed
-            try:
-                read_checkpoint(final)
-            except DamagedCheckpoint as error:
-                final.unlink()
-                raise ValueError(
-                    f"checkpoint: state must hold tensors and plain containers only, got {error}"
-                ) from error
-            self._readable = True
+        # The best comes first: a numbered file that holds its score, beside an older best.pt, would
+        # keep a resumed run from ever writing it again.
         if best:
-            self._replace(self.folder / _BEST, lambda file: _copy(final, file))
+            self._replace(self.folder / _BEST, content)
+        self._replace(final, content)
         files = self.files()
         now = files.index(final)
         # What is newer than this one was refused as damaged, or the run would stand there.
@@ -172,7 +184,7 @@ class CheckpointFolder:
         files = self.files()
         for file in reversed(files):
             try:
-                return read_checkpoint(file)
+                return read_checkpoint(file, self.requires)
             except DamagedCheckpoint as error:
                 message = f"{error}; it is passed over for the one before it"
                 warnings.warn(message, CheckpointWarning, stacklevel=2)
@@ -186,16 +198,19 @@ class CheckpointFolder:
     def best(self) -> Checkpoint | None:
         """The best checkpoint on validation, or None when no validation has run."""
         path = self.folder / _BEST
-        return read_checkpoint(path) if path.exists() else None
+        return read_checkpoint(path, self.requires) if path.exists() else None
 
-    def _replace(self, final: Path, write: Callable[[BinaryIO], object]) -> None:
+    def _replace(self, final: Path, content: Mapping[str, Any]) -> None:
         """Put a new file in place of ``final``, or leave everything as it was."""
         temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
-                write(file)
+                torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
+            if not self._readable:  # once a run: better now than when it is needed
+                _check_readable(temporary)
+                self._readable = True
             os.replace(temporary, final)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -208,6 +223,15 @@ class CheckpointFolder:
             entry.unlink(missing_ok=True)
 
 
+def _check_readable(path: Path) -> None:
+    try:
+        read_checkpoint(path)
+    except DamagedCheckpoint as error:
+        raise ValueError(
+            f"checkpoint: state must hold tensors and plain containers only, got {error}"
+        ) from error
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries to the disk, so that a rename survives a power cut."""
     if os.name != "posix":
@@ -217,8 +241,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _copy(source: Path, target: BinaryIO) -> None:
-    with open(source, "rb") as file:
-        shutil.copyfileobj(file, target)

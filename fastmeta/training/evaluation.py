@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fastmeta._checks import describe, positive_int, type_error, value_error, whole_number
 from fastmeta.algorithms import Algorithm
 from fastmeta.batch import Examples, TaskBatch
 from fastmeta.tasks import TaskSource
-from fastmeta.training.statistics import Summary, summarize
+from fastmeta.training.statistics import DIVERGED, Summary, summarize
 
 
 @dataclass(frozen=True)
@@ -88,22 +90,33 @@ class Evaluation:
             >>> loss = Summary(mean=0.5, median=0.4, interval=0.02, tasks=600)
             >>> print(Evaluation((StepResult(1, loss),), "test", 0, True).table())
             steps         loss mean +- 95 %      median
-                1         0.5000 +- 0.0200      0.4000
+                1          0.5000 +- 0.0200      0.4000
         """
+        diverged = any(result.loss.diverged for result in self.results)
         with_accuracy = any(result.accuracy for result in self.results)
         lines = [f"{'steps':>5}  {'loss mean +- 95 %':>24}  {'median':>10}"]
         if with_accuracy:
             lines[0] += f"  {'accuracy +- 95 %':>20}"
+        if diverged:
+            lines[0] += f"  {'diverged':>8}"
         for result in self.results:
             loss = result.loss
-            mean = f"{loss.mean:.4f} +- {loss.interval:.4f}"
-            if loss.diverged:
-                mean = f"{loss.diverged} of {loss.tasks} diverged"
+            digits = ".4f" if loss.mean < DIVERGED else ".3g"
+            mean = f"{loss.mean:{digits}} +- {loss.interval:{digits}}"
+            if not math.isfinite(loss.mean):
+                mean = "not finite"
             line = f"{result.steps:>5}  {mean:>24}  {loss.median:>10.4f}"
             if result.accuracy:
                 accuracy = result.accuracy
                 line += f"  {f'{accuracy.mean:.2%} +- {accuracy.interval:.2%}':>20}"
+            if diverged:
+                line += f"  {loss.diverged:>8}"
             lines.append(line)
+        if diverged:
+            lines.append(
+                f"diverged: tasks of {self.last.loss.tasks} whose loss is not finite or above "
+                f"{DIVERGED:,.0f}; a mean with such tasks says little, the median more"
+            )
         return "\n".join(lines)
 
 
@@ -170,13 +183,14 @@ def evaluate(
     hits: dict[int, list[Tensor]] = {count: [] for count in counts}
     for first in range(0, tasks, chunk_size):
         indices = range(first, min(first + chunk_size, tasks))
-        batch = TaskBatch.of(source.sample(step, indices, split=split))
-        for count in counts:
-            output = _predict(algorithm, batch, count, transductive)
-            losses[count].append(_losses(algorithm, output, batch))
-            accuracy = _accuracy(output, batch.query)
-            if accuracy is not None:
-                hits[count].append(accuracy)
+        whole = TaskBatch.of(source.sample(step, indices, split=split))
+        for batch in _rectangles(whole):
+            for count in counts:
+                output = _predict(algorithm, batch, count, transductive)
+                losses[count].append(_losses(algorithm, output, batch))
+                accuracy = _accuracy(output, batch.query)
+                if accuracy is not None:
+                    hits[count].append(accuracy)
     results = tuple(
         StepResult(
             count,
@@ -186,6 +200,31 @@ def evaluate(
         for count in counts
     )
     return Evaluation(results, split, step, transductive)
+
+
+def _rectangles(batch: TaskBatch) -> Iterator[TaskBatch]:
+    """The batch as it is, or with weights task by task without the rows of weight zero.
+
+    What pads a task must reach neither batch statistics nor the loss: it may hold anything.
+    """
+    if batch.support.weight is None and batch.query.weight is None:
+        yield batch
+        return
+    for task in batch.chunks(1):
+        support, query = _kept(task.support), _kept(task.query)
+        yield TaskBatch.of(TaskBatch(support, query, task.classes, task.task_id))
+
+
+def _kept(side: Examples) -> Examples:
+    """One task's rows ``[1, S, ...]`` whose weight is not zero."""
+    if side.weight is None:
+        return side
+    kept = side.weight[0] > 0
+    # An index names rows by their place, which must stay.
+    if side.index is not None or bool(kept.all()):
+        return side
+    x, y, weight = pytree.tree_map(lambda leaf: leaf[:, kept], (side.x, side.y, side.weight))
+    return Examples(x, y, weight)
 
 
 @torch.no_grad()
@@ -198,7 +237,8 @@ def _predict(algorithm: Algorithm, batch: TaskBatch, steps: int, transductive: b
     if not isinstance(query, Tensor):
         must = "be True unless x is one tensor"
         raise value_error("evaluate", "transductive", must, describe(query))
-    support = batch.support.x
+    side = batch.support
+    support = _kept(Examples(side.x, side.y, side.weight)).x
     one_by_one = [
         _tensor(adapted(torch.cat([support, query[:, row : row + 1]], dim=1)))[:, -1]
         for row in range(query.shape[1])

@@ -29,6 +29,18 @@ from fastmeta.training.settings import check_model, check_settings, fingerprint
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+# What the state of a training checkpoint holds, and a resume needs.
+STATE = (
+    "algorithm",
+    "optimizer",
+    "scheduler",
+    "settings",
+    "torch_rng",
+    "seconds",
+    "best",
+    "window",
+    "window_steps",
+)
 
 
 class NonFiniteLoss(ValueError):  # noqa: N818 - the name says what was found
@@ -154,6 +166,8 @@ def train(
         raise type_error(op, "scheduler", "step without a metric", "ReduceLROnPlateau")
     if resume and out is None:
         raise value_error(op, "out", "be the run's folder when resuming", "None")
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise value_error(op, "out", "be a folder", f"a file, {out}")
     if (validate is None) != (validate_every is None):
         given = "validate" if validate_every is None else "validate_every"
         raise value_error(op, "validate", "be given together with validate_every", f"only {given}")
@@ -180,7 +194,9 @@ def train(
             scheduler,
             {"meta_batch": meta_batch, "split": split, **(settings or {})},
         ),
-        folder=None if out is None else CheckpointFolder(Path(out) / CHECKPOINTS, keep),
+        folder=None
+        if out is None
+        else CheckpointFolder(Path(out) / CHECKPOINTS, keep, requires=STATE),
         progress=progress,
     )
     if run.folder is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -112,8 +113,8 @@ def _adaptation(axes: Axes, label: str, evaluation: Evaluation) -> None:
         axes.errorbar(steps, means, intervals, marker="o", capsize=3, label=label)
         axes.set_ylabel("query accuracy")
         return
-    # A task that diverges takes the mean with it; the median goes on.
-    whole = [result for result in evaluation.results if not result.loss.diverged]
+    # A task that is not finite takes the mean with it; the median goes on.
+    whole = [result for result in evaluation.results if math.isfinite(result.loss.mean)]
     axes.errorbar(
         [result.steps for result in whole],
         [result.loss.mean for result in whole],

@@ -18,20 +18,20 @@ from fastmeta.training.settings import environment
 
 @dataclass(frozen=True)
 class Target:
-    """A number to stand beside ours: what was published, and what was asked for beforehand.
+    """A number to stand beside ours: what to compare with, and what was asked for.
 
     Attributes:
         metric: ``"loss"`` or ``"accuracy"``, the mean over tasks.
         steps: after how many inner steps.
-        published: the published number, or None.
-        source: where it was published.
+        reference: the number to compare with, published or measured elsewhere, or None.
+        source: where it is from.
         at_least: the least that is asked for, or None.
         at_most: the most that is asked for, or None.
     """
 
     metric: Literal["loss", "accuracy"]
     steps: int
-    published: float | None = None
+    reference: float | None = None
     source: str = ""
     at_least: float | None = None
     at_most: float | None = None
@@ -48,7 +48,7 @@ class Target:
         return {
             "metric": self.metric,
             "steps": self.steps,
-            "published": self.published,
+            "reference": self.reference,
             "source": self.source,
             "at_least": self.at_least,
             "at_most": self.at_most,
@@ -69,7 +69,7 @@ class Report:
         stopped: why the training ended.
         seconds: time spent training.
         evaluations: evaluations by label, the one that targets speak of first.
-        targets: published numbers and floors.
+        targets: numbers to compare with, and floors.
         notes: sentences that a reader needs.
     """
 
@@ -134,17 +134,17 @@ class Report:
         lines += ["", *(["![curve](curve.png)", ""] if picture else [])]
         if self.targets:
             lines += [
-                "| after | published | asked for | ours | met |",
+                "| after | compared with | asked for | ours | met |",
                 "| --- | --- | --- | --- | --- |",
             ]
             for item in self.judged:
-                published = (
+                reference = (
                     "-"
-                    if item["published"] is None
-                    else (f"{_number(item, item['published'])} ({item['source']})")
+                    if item["reference"] is None
+                    else (f"{_number(item, item['reference'])} ({item['source']})")
                 )
                 lines.append(
-                    f"| {item['steps']} steps | {published} | {_range(item)} | {_ours(item)} | "
+                    f"| {item['steps']} steps | {reference} | {_range(item)} | {_ours(item)} | "
                     f"{ {True: 'yes', False: 'NO', None: '-'}[item['met']] } |"
                 )
             lines.append("")
@@ -202,8 +202,8 @@ def _write(path: Path, text: str) -> None:
 
 def _sentence(item: Mapping[str, Any]) -> str:
     parts = [f"{item['metric']} after {item['steps']} steps: {_ours(item)}"]
-    if item["published"] is not None:
-        parts.append(f"published {_number(item, item['published'])} ({item['source']})")
+    if item["reference"] is not None:
+        parts.append(f"compared with {_number(item, item['reference'])} ({item['source']})")
     if item["met"] is not None:
         parts.append(f"asked for {_range(item)}: {'met' if item['met'] else 'NOT met'}")
     return "; ".join(parts)
@@ -215,7 +215,8 @@ def _ours(item: Mapping[str, Any]) -> str:
         return "none"
     if ours["mean"] is None:
         return f"{ours['diverged']} tasks diverged, median {_number(item, ours['median'])}"
-    return f"{_number(item, ours['mean'])} +- {_number(item, ours['interval'])}"
+    lost = f", {ours['diverged']} tasks diverged" if ours["diverged"] else ""
+    return f"{_number(item, ours['mean'])} +- {_number(item, ours['interval'])}{lost}"
 
 
 def _range(item: Mapping[str, Any]) -> str:

@@ -11,19 +11,22 @@ from torch import Tensor
 
 from fastmeta._checks import describe, type_error, value_error
 
+# A task whose loss is above this counts as diverged: a few such decide a mean by themselves.
+DIVERGED = 1e3
+
 
 @dataclass(frozen=True)
 class Summary:
     """A sample of tasks in four numbers.
 
     Attributes:
-        mean: the mean over tasks; infinite when a task diverged.
+        mean: the mean over tasks; infinite when a task is not finite.
         median: the median over tasks. A task whose value is not finite counts as infinitely bad,
             so a few that diverge move the median by a few ranks.
         interval: half the width of the 95 % interval of the mean, 1.96 sigma / sqrt(n), with the
-            unbiased sigma; 0 for one task, infinite when a task diverged.
+            unbiased sigma; 0 for one task, infinite when a task is not finite.
         tasks: how many tasks, n.
-        diverged: how many of them are not finite.
+        diverged: how many of them are not finite, or above 1,000.
 
     Example:
         >>> import torch
@@ -82,10 +85,10 @@ def summarize(values: Tensor) -> Summary:
     sample = values.detach().to("cpu", torch.float64)
     tasks = sample.numel()
     finite = sample.isfinite()
-    diverged = tasks - int(finite.sum())
+    diverged = int((~finite | (sample > DIVERGED)).sum())
     ranked = sample.where(finite, torch.tensor(math.inf, dtype=torch.float64)).sort().values
     median = float((ranked[(tasks - 1) // 2] + ranked[tasks // 2]) / 2)
-    if diverged:
+    if not bool(finite.all()):
         return Summary(math.inf, median, math.inf, tasks, diverged)
     interval = 1.96 * float(sample.std()) / math.sqrt(tasks) if tasks > 1 else 0.0
-    return Summary(float(sample.mean()), median, interval, tasks)
+    return Summary(float(sample.mean()), median, interval, tasks, diverged)

@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fastmeta.batch import TaskBatch
 from fastmeta.cli import app as cli
 from fastmeta.cli import main
+from fastmeta.tasks import Sinusoid
 
 SMALL = ["--iterations", "4", "--meta-batch", "3", "--tasks", "10", "--quiet"]
 
@@ -24,7 +28,7 @@ def test_train_evaluate_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture
     assert _train(out) == 0
     printed = capsys.readouterr().out
     assert "4 iterations" in printed
-    assert "published 0.670 (Finn et al. 2017, table 2)" in printed
+    assert "compared with 0.670 (Finn et al. 2017, table 2)" in printed
     assert (out / "report/report.md").exists()
     assert main(["evaluate", str(out), "--tasks", "5"]) == 0
     assert "4 iterations" in capsys.readouterr().out
@@ -78,6 +82,10 @@ def test_progress_is_plain_lines_away_from_a_terminal(
     ("message", "arguments"),
     [
         ("preset must be one of short, full", ["train", "maml-sinusoid", "--preset", "long"]),
+        (
+            f"seed must be at least 0 and below 2**63, got {10**23}",
+            ["train", "maml-sinusoid", "--seed", str(10**23)],
+        ),
         ("shots must be at least 1, got 0", ["train", "maml-sinusoid", "--shots", "0"]),
         ("got 'network'", ["train", "maml-sinusoid", "--network", "mlp"]),
         ("network must be mlp or conv", ["train", "maml-omniglot", "--network", "rnn"]),
@@ -122,6 +130,52 @@ def test_words_it_does_not_know_are_status_2(
         main(arguments)
     assert stopped.value.code == 2
     assert "usage: fastmeta" in capsys.readouterr().err
+
+
+def test_an_out_that_is_a_file_is_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "taken"
+    file.write_text("mine")
+    assert _train(file) == 2
+    assert f"out must be a folder, got a file, {file}" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_the_exit_status(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    status: int,
+) -> None:
+    sample = Sinusoid.sample
+
+    def interrupting(self: Sinusoid, step: int, *more: Any, **options: Any) -> TaskBatch:
+        if step == 3:
+            os.kill(os.getpid(), number)
+        return sample(self, step, *more, **options)
+
+    monkeypatch.setattr(Sinusoid, "sample", interrupting)
+    assert _train(tmp_path, "--iterations", "1000000") == status
+    assert "--resume goes on" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_lacks_a_part_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _train(tmp_path) == 0
+    newest = tmp_path / "checkpoints/step-000000004.pt"
+    content = torch.load(newest, weights_only=True)
+    del content["state"]["algorithm"]
+    torch.save(content, newest)
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert "it lacks state['algorithm']" in shown
+    assert newest.name in shown
+    assert "KeyError" not in shown
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

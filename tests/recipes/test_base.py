@@ -28,7 +28,7 @@ def test_choices_keep_the_preset_and_settings_leave_it() -> None:
 def test_floors_hold_for_a_preset_alone() -> None:
     assert MAMLSinusoid.of("short").targets()[0].at_most is not None
     changed = MAMLSinusoid.of("short", iterations=10).targets()[0]
-    assert (changed.at_most, changed.published) == (None, 0.67)
+    assert (changed.at_most, changed.reference) == (None, 0.67)
 
 
 def test_none_leaves_the_presets_value() -> None:

@@ -37,15 +37,21 @@ def test_the_seed_decides_the_network_and_leaves_torchs_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shots", "published", "low", "high"), [(5, 0.67, 0.62, 0.72), (10, 0.4, 0.36, 0.44)]
+    ("shots", "reference", "low", "high"), [(5, 0.67, 0.62, 0.72), (10, 0.4, 0.36, 0.44)]
 )
-def test_full_asks_for_the_published_number(
-    shots: int, published: float, low: float, high: float
+def test_full_asks_for_the_reference_number(
+    shots: int, reference: float, low: float, high: float
 ) -> None:
     (target,) = MAMLSinusoid.of("full", shots=shots).targets()
-    assert (target.metric, target.steps, target.published) == ("loss", 1, published)
+    assert (target.metric, target.steps, target.reference) == ("loss", 1, reference)
     assert target.at_least == pytest.approx(low)
     assert target.at_most == pytest.approx(high)
+
+
+def test_only_the_papers_number_is_said_to_be_the_papers() -> None:
+    sources = {shots: MAMLSinusoid.of("full", shots=shots).targets()[0].source for shots in (5, 10)}
+    assert "Finn" in sources[5]
+    assert sources[10].startswith("measured")
 
 
 def test_other_shots_have_no_target() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastmeta.recipes import MAMLOmniglot, MAMLSinusoid, Recipe, evaluate_run, run
-from fastmeta.training import read_checkpoint
+from fastmeta.training import Report, read_checkpoint
 
 
 def small(iterations: int = 6, **settings: object) -> Recipe:
@@ -18,7 +18,7 @@ def small(iterations: int = 6, **settings: object) -> Recipe:
 
 def test_a_run_is_a_folder_that_can_be_evaluated_again(tmp_path: Path) -> None:
     report = run(small(), tmp_path, progress=False)
-    assert report is not None
+    assert isinstance(report, Report)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
         "checkpoints",
         "metrics.jsonl",
@@ -37,8 +37,8 @@ def test_a_run_resumes_and_may_become_longer(tmp_path: Path) -> None:
     straight = run(small(10), tmp_path / "straight", progress=False)
     run(small(6), tmp_path / "cut", progress=False)
     resumed = run(small(10), tmp_path / "cut", resume=True, progress=False)
-    assert straight is not None
-    assert resumed is not None
+    assert isinstance(straight, Report)
+    assert isinstance(resumed, Report)
     assert resumed.evaluations == straight.evaluations
     states = [
         read_checkpoint(tmp_path / name / "checkpoints/step-000000010.pt").state
@@ -70,7 +70,7 @@ def test_fewer_tasks_are_a_look_and_no_report(tmp_path: Path) -> None:
 
 def test_max_seconds_is_reported(tmp_path: Path) -> None:
     report = run(small(10**6), tmp_path, max_seconds=0.0, progress=False)
-    assert report is not None
+    assert isinstance(report, Report)
     assert (report.iterations, report.stopped) == (1, "max_seconds")
 
 

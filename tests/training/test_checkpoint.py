@@ -166,6 +166,58 @@ def test_a_new_checkpoint_replaces_a_damaged_newer_one(tmp_path: Path) -> None:
     assert [file.name for file in folder.files()] == ["step-000000001.pt", "step-000000005.pt"]
 
 
+@pytest.mark.parametrize("lost", ["weight", "state", "step"])
+def test_a_checkpoint_that_lacks_a_part_is_damaged(tmp_path: Path, lost: str) -> None:
+    folder = CheckpointFolder(tmp_path, requires=("weight",))
+    folder.save(1, _state(1))
+    newest = folder.save(2, _state(2))
+    content = torch.load(newest, weights_only=True)
+    del (content["state"] if lost == "weight" else content)[lost]
+    torch.save(content, newest)
+    with pytest.warns(CheckpointWarning, match=rf"{newest.name}: it lacks .*{lost}"):
+        found = folder.latest()
+    assert found is not None
+    assert found.step == 1
+
+
+@pytest.mark.parametrize("dies_at", ["best.pt", "step-000000002.pt"])
+def test_dying_within_a_save_never_leaves_a_best_older_than_the_newest_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: str
+) -> None:
+    """A numbered file that holds the new best score implies that best.pt is there."""
+    folder = CheckpointFolder(tmp_path)
+    folder.save(1, {"best": 0.5}, best=True)
+
+    class Died(BaseException):
+        pass
+
+    replace = os.replace
+
+    def die(source: Path, target: Path) -> None:
+        if target.name == dies_at:
+            raise Died
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die)
+        with pytest.raises(Died):
+            folder.save(2, {"best": 0.9}, best=True)
+    newest, best = folder.latest(), folder.best()
+    assert newest is not None
+    assert best is not None
+    assert best.state["best"] >= newest.state["best"]
+
+
+def test_a_state_that_cannot_be_read_back_leaves_the_best(tmp_path: Path) -> None:
+    CheckpointFolder(tmp_path).save(1, _state(1), best=True)
+    again = CheckpointFolder(tmp_path)
+    with pytest.raises(ValueError, match="state must hold"):
+        again.save(2, {"path": Path("x")}, best=True)
+    best = again.best()
+    assert best is not None
+    assert best.step == 1
+
+
 def test_keep_is_at_least_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         CheckpointFolder(tmp_path, keep=0)

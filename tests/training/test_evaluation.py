@@ -125,6 +125,37 @@ def test_one_query_at_a_time_never_sees_another_query() -> None:
     assert plain.last.loss.mean == pytest.approx(changed.last.loss.mean, rel=1e-6)
 
 
+@pytest.mark.parametrize("path", ["reference", "vectorized"])
+@pytest.mark.parametrize("transductive", [True, False], ids=["together", "one by one"])
+def test_rows_of_weight_zero_might_as_well_not_be_there(path: Any, transductive: bool) -> None:
+    """Padding with inputs far off and a label that is none, against the same tasks unpadded."""
+
+    def pad(side: Examples) -> Examples:
+        x = torch.cat([side.x, torch.full_like(side.x[:, :2], 100.0)], 1)
+        y = torch.cat([side.y, torch.full_like(side.y[:, :2], -1)], 1)
+        weight = torch.ones(y.shape)
+        weight[:, -2:] = 0.0
+        return Examples(x, y, weight)
+
+    class Padded(TaskSource):
+        def sample(self, step: int, indices: Any, *, split: str | None = None) -> TaskBatch:
+            batch = _classes().sample(step, indices, split=split)
+            return TaskBatch(pad(batch.support), pad(batch.query), None, batch.task_id)
+
+    def rows(output: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(output, y, reduction="none")
+
+    maml = _classifier(nn.BatchNorm1d(8, track_running_stats=False))
+    maml.loss, maml.path = rows, path
+    options: dict[str, Any] = {"steps": 2, "tasks": 5, "transductive": transductive}
+    trimmed, padded = evaluate(maml, _classes(), **options), evaluate(maml, Padded(), **options)
+    for ours, theirs in zip(padded.results, trimmed.results, strict=True):
+        assert ours.loss.mean == pytest.approx(theirs.loss.mean, rel=1e-5)
+        assert ours.accuracy is not None
+        assert theirs.accuracy is not None
+        assert ours.accuracy.mean == pytest.approx(theirs.accuracy.mean)
+
+
 def test_tasks_that_diverge_are_counted() -> None:
     maml = learner(lr=1e6)
     result = evaluate(maml, Sinusoid(shots=5), steps=[0, 20], tasks=20)

@@ -200,6 +200,27 @@ def test_a_gradient_that_is_not_finite_is_found() -> None:
         run.train(3)
 
 
+@pytest.mark.parametrize("lost", ["algorithm", "optimizer", "window"])
+def test_a_checkpoint_without_a_part_is_passed_over(tmp_path: Path, lost: str) -> None:
+    straight, second = Run(), Run()
+    straight.train(20)
+    Run().train(15, out=tmp_path)
+    newest = tmp_path / "checkpoints/step-000000015.pt"
+    content = torch.load(newest, weights_only=True)
+    del content["state"][lost]
+    torch.save(content, newest)
+    with pytest.warns(CheckpointWarning, match=rf"step-000000015.pt: it lacks state\['{lost}'\]"):
+        second.train(20, out=tmp_path, resume=True)
+    assert same(straight, second)
+
+
+def test_out_must_be_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "taken"
+    file.touch()
+    with pytest.raises(ValueError, match="train: out must be a folder, got a file"):
+        Run().train(1, out=file)
+
+
 def test_max_seconds_ends_cleanly_with_a_checkpoint(tmp_path: Path) -> None:
     run = Run()
     result = run.train(10**6, out=tmp_path, max_seconds=0.0)

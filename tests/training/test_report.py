@@ -94,6 +94,16 @@ def test_without_matplotlib_the_report_says_so(
     assert "curve.png" not in (folder / "report.md").read_text()
 
 
+def test_tasks_that_diverge_are_counted_where_the_mean_is_finite() -> None:
+    lost = Summary(2.0e4, 0.5, 3.0e4, 600, 2)
+    evaluation = Evaluation((StepResult(1, lost),), "test", 0, True)
+    report = Report("x", {}, 1, 1, "finished", 1.0, {"a": evaluation}, [Target("loss", 1, 0.6)])
+    for shown in (report.text(), report.markdown(False)):
+        assert "2 tasks diverged" in shown
+        assert "tasks of 600 whose loss is not finite or above 1,000" in shown
+    assert "compared with" in report.markdown(False)
+
+
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     lost = Summary(float("inf"), 0.5, float("inf"), 600, 3)
     evaluation = Evaluation((StepResult(1, lost),), "test", 0, True)

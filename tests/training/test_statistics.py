@@ -36,6 +36,11 @@ def test_a_task_that_diverged_is_counted_and_leaves_the_median(bad: float) -> No
     assert "1 diverged" in str(summary)
 
 
+def test_a_task_far_off_counts_as_diverged_and_stays_in_the_mean() -> None:
+    summary = summarize(torch.tensor([1.0, 1000.0, 1999.0]))
+    assert (summary.mean, summary.diverged) == (1000.0, 1)
+
+
 def test_one_task_has_no_interval() -> None:
     assert summarize(torch.tensor([3.0])) == Summary(3.0, 3.0, 0.0, 1)
 
