@@ -258,6 +258,8 @@ def _plainly_right(batch: TaskBatch) -> bool:
         and xs.dtype is xq.dtype
         and ys.dtype is yq.dtype
         and xs.device == ys.device == xq.device == yq.device
+        and xs.layout is ys.layout is xq.layout is yq.layout is torch.strided
+        and not xs.is_meta
     )
 
 
@@ -305,6 +307,9 @@ def _check_side(side: str, examples: Examples, num_tasks: int, device: torch.dev
                 raise value_error(_OP, name, f"have {rows} rows of each task like {like}", leaf)
             if leaf.device != device:
                 raise value_error(_OP, name, f"be on {device} like support.x", leaf)
+            if leaf.is_meta or leaf.layout is not torch.strided:
+                found = "a meta tensor" if leaf.is_meta else f"one of layout {leaf.layout}"
+                raise value_error(_OP, name, "be a dense tensor that holds values", found)
     if examples.weight is not None:
         _check_weight(f"{side}.weight", examples.weight, num_tasks, rows, device)
     if examples.index is not None:

@@ -50,7 +50,8 @@ def check_first_use(request: Request) -> None:
         _check_labels(request, known[key])
         return
     rows, output = _forward(request)
-    shape = tuple(output.shape[1:]) if is_classification(output, rows.y) else None
+    labels = is_classification(output, rows.y) and _takes_labels(request, rows, output)
+    shape = tuple(output.shape[1:]) if labels else None
     _check_labels(request, shape)
     _try_loss(request, rows, output)
     if len(known) > 64:
@@ -77,6 +78,27 @@ def _check_labels(request: Request, shape: tuple[int, ...] | None) -> None:
             raise value_error(request.op, f"{side}.y", f"be labels in {classes}", found)
 
 
+def _takes_labels(request: Request, rows: Rows, output: Tensor) -> bool:
+    """Whether integers ``y [S]`` are classes to the loss: then it refuses one past the last.
+
+    Counts and ratings are integers too, and of any value. Asked on the CPU, since elsewhere an
+    index out of range may be reported late, and end the process.
+    """
+    if request.loss is None:
+        return True
+    try:
+        with quietly(request), torch.no_grad():
+            output, y, given = pytree.tree_map_only(
+                Tensor,
+                lambda t: t.detach().cpu(),
+                (output, rows.y, dict(request.loss_params or {})),
+            )
+            request.loss(output, torch.full_like(y, output.shape[1]), **given)
+    except Exception:  # whatever a loss raises for a class that is not there
+        return True
+    return False
+
+
 def _forward(request: Request) -> tuple[Rows, Any]:
     """The first task's support rows, and the output for them."""
     learner = Learner(request)
@@ -95,18 +117,20 @@ def _forward(request: Request) -> tuple[Rows, Any]:
 def _try_loss(request: Request, rows: Rows, output: Any) -> None:
     if request.loss is None:
         return
-    leaf = pytree.tree_map(
-        lambda t: t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t,
-        output,
+    # leaves in the place of all arguments: what else the value is computed from is no argument
+    leaf, y, given_params = pytree.tree_map_only(
+        Tensor,
+        lambda t: t.detach().requires_grad_(t.is_floating_point() or t.is_complex()),
+        (output, rows.y, dict(request.loss_params or {})),
     )
     with quietly(request), torch.enable_grad():
         try:
-            value = request.loss(leaf, rows.y, **(request.loss_params or {}))
+            value = request.loss(leaf, y, **given_params)
         except (RuntimeError, ValueError, IndexError) as error:
             given = f"an output ({_describe(output)}) and targets ({_describe(rows.y)})"
             words = f"{type(error).__name__}: {error}"
             raise value_error(request.op, "loss", f"take {given}", words) from error
-    arguments = {id(t) for t in pytree.tree_leaves((leaf, rows, request.loss_params))}
+    arguments = {id(t) for t in pytree.tree_leaves((leaf, y, given_params))}
     stray = {id(t): t for t in _leaves_of(value) if id(t) not in arguments}
     if stray:
         name = next((name for name, p in _named(request) if id(p) in stray), None)

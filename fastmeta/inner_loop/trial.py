@@ -94,8 +94,9 @@ def no_second_derivative(request: Request) -> str | None:
     """Why second derivatives of the module or the loss are not to be trusted, or None.
 
     The Hessian of one task's support loss times a random vector, by double backward, against a
-    difference of gradients, in float64. A module that insists on another dtype is only searched
-    for operations that are marked as differentiable once. Asked once for each module and loss.
+    difference of gradients, in float64. A module that insists on another dtype is searched for
+    operations that are marked as differentiable once, and tried in float32 if it is of that, with
+    longer steps and less exactly. Asked once for each module and loss.
     """
     if request.order == 1 or request.inner.steps == 0:
         return None
@@ -106,7 +107,8 @@ def no_second_derivative(request: Request) -> str | None:
         except Exception:  # not in float64, or an error that the real call words better
             pass
         try:
-            return _marked(trial(request, False))
+            small = trial(request, False)
+            return _marked(small) or (_differences(small) if _single(small) else None)
         except Exception:
             return None
 
@@ -130,14 +132,26 @@ def _gradient_of(small: Request) -> tuple[Callable[[list[Tensor]], list[Tensor]]
     return gradient, [start[name].detach() for name in names]
 
 
+def _single(small: Request) -> bool:
+    """Whether all is computed in float32: in half precision, differences are mostly rounding."""
+    values = list(small.params.values())
+    kind = values[0].device.type
+    rounded = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return not rounded and all(value.dtype == torch.float32 for value in values)
+
+
 @torch.enable_grad()
 def _differences(small: Request) -> str | None:
     gradient, values = _gradient_of(small)
+    if small.cache["float64"]:
+        steps, tolerance, rounding = (1e-6, 1e-7, 1e-8, 1e-5), 1e-2, 1e-12
+    else:
+        steps, tolerance, rounding = (1e-3, 3e-4, 1e-4, 3e-3), 1e-1, 1e-5
     generator = torch.Generator().manual_seed(0)
     worst = ""
     # A difference may step over a kink, of which a network with many rows has thousands: steps are
     # short, in proportion to the parameters, and there are several tries.
-    for step in (1e-6, 1e-7, 1e-8, 1e-5):
+    for step in steps:
         draws = [torch.randn(v.shape, generator=generator, dtype=v.dtype) for v in values]
         along = [
             draw.to(v.device) * (v.abs().mean() + 1e-3)
@@ -153,8 +167,8 @@ def _differences(small: Request) -> str | None:
             ends.append(_flat(gradient([p.requires_grad_() for p in moved])))
         numeric = (ends[0] - ends[1]) / (2 * step)
         error, size = (exact - numeric).norm(), torch.maximum(exact.norm(), numeric.norm())
-        noise = 1e-14 * _flat(grads).norm() / step
-        if not bool(size.isfinite()) or bool(error <= 1e-2 * size + 1e2 * noise + 1e-12):
+        noise = rounding * _flat(grads).norm() / step
+        if not bool(size.isfinite()) or bool(error <= tolerance * size + noise + 1e-12):
             return None
         worst = f"{float(error / size):.1g}"
     return (
@@ -224,20 +238,40 @@ def found_once(request: Request, what: str, find: Callable[[], str | None]) -> s
 
 
 def loss_key(loss: Any, depth: int = 4) -> Any:
-    """What tells one loss from another: its code, and that of the functions it closes over.
+    """What tells one loss from another: its code, that of the functions it has, and its switches.
 
-    Not its identity: a lambda written inside a training loop is a new object at every call.
+    Not its identity: a lambda written inside a training loop is a new object at every call. Nor
+    numbers and tensors: a counter, or a weight that is annealed, is another at every call.
     """
     if depth == 0:
         return type(loss)
+    if isinstance(loss, _SWITCHES):
+        return loss
     if isinstance(loss, types.MethodType):
-        return (loss.__func__.__code__, type(loss.__self__))
+        return (loss_key(loss.__func__, depth - 1), loss_key(loss.__self__, depth - 1))
     if isinstance(loss, functools.partial):
-        return (functools.partial, loss_key(loss.func, depth - 1))
+        args = tuple(loss_key(value, depth - 1) for value in loss.args)
+        named = tuple((name, loss_key(value, depth - 1)) for name, value in loss.keywords.items())
+        return (functools.partial, loss_key(loss.func, depth - 1), args, named)
     if isinstance(loss, types.FunctionType):
         cells = [_contents(cell) for cell in loss.__closure__ or ()]
         return (loss.__code__, tuple(loss_key(value, depth - 1) for value in cells))
+    if callable(loss):
+        # only what the object has itself: a loss may hold a whole network
+        own = getattr(loss, "__dict__", {}).items()
+        shallow = (*_SWITCHES, *_FUNCTIONS)
+        return (
+            type(loss),
+            tuple(
+                (name, loss_key(value, depth - 1) if isinstance(value, shallow) else type(value))
+                for name, value in own
+            ),
+        )
     return type(loss)
+
+
+_SWITCHES = (bool, str, type, types.NoneType, types.BuiltinFunctionType, torch.dtype)
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
 
 def _contents(cell: types.CellType) -> Any:

@@ -166,12 +166,6 @@ REFUSALS: dict[str, Refusal] = {
     "bfloat16": Refusal(
         "bfloat16", "vectorized", lambda: mlp().bfloat16(), lambda: rows(dtype=torch.bfloat16)
     ),
-    "meta-device": Refusal(
-        "meta",
-        None,
-        lambda: mlp().to("meta"),
-        lambda: tuple(t.to("meta") for t in rows()),
-    ),
 }
 
 
