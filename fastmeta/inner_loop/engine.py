@@ -279,6 +279,8 @@ def meta_grad(
         Algorithms", sections 2 and 5; Antoniou, Edwards, Storkey (2019), "How to train your MAML",
         equation 4.
     """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        _refuse_transformed(model, (params, batch, loss_params))
     # a call with no more than the usual arguments may be one that was prepared before
     plain = (
         params is None
@@ -316,6 +318,16 @@ def meta_grad(
     if plain and result.path == "fused":
         door.remember(request, options)
     return result
+
+
+def _refuse_transformed(model: Any, given: Any) -> None:
+    own = model.parameters() if isinstance(model, nn.Module) else ()
+    for leaf in (*pytree.tree_leaves(given), *own):
+        if isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf):
+            raise RuntimeError(
+                "meta_grad: tensors must be plain ones, got one of a torch.func transform (grad, "
+                "vmap): a batch has its task axis, and adapt is the call to differentiate through"
+            )
 
 
 def runner(request: Request, path: str) -> Path:

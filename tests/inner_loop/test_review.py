@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastmeta.batch import TaskBatch
-from fastmeta.inner_loop import SGD, meta_grad
+from fastmeta.inner_loop import SGD, adapt, meta_grad
 from fastmeta.inner_loop.trial import loss_key
 
 PATHS = ("auto", "vectorized", "reference")
@@ -243,3 +243,38 @@ def test_tensors_without_values_are_refused_by_name() -> None:
     x, y = torch.ones(4, 6, 3, device="meta"), torch.ones(4, 6, 2, device="meta")
     with pytest.raises(ValueError, match=r"support\.x must be a dense tensor .* a meta tensor"):
         TaskBatch.of((x, y, x, y))
+
+
+def squares(output: Tensor, target: Tensor) -> Tensor:
+    return ((output - target) ** 2).mean()
+
+
+@pytest.mark.parametrize("path", ["auto", "reference"])
+def test_the_first_adapt_of_a_module_may_be_under_grad(path: Any) -> None:
+    x, y, model = inputs(), torch.randn(4, 6, 2), network()
+
+    def value(params: dict[str, Tensor]) -> Tensor:
+        found = adapt(model, params, (x, y), inner=SGD(), loss=squares, path=path)
+        return squares(found(x), y)
+
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    got = torch.func.grad(value)(params)
+    want = meta_grad(model, None, (x, y, x, y), inner=SGD(), loss=squares, path="reference")
+    torch.testing.assert_close(got, want.grads.params)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("known", [False, True], ids=["first", "again"])
+def test_meta_grad_of_transformed_tensors_is_refused(path: Any, known: bool) -> None:
+    x, y, model = inputs(), torch.randn(4, 6, 2), network()
+
+    def losses(x: Tensor) -> Tensor:
+        return meta_grad(
+            model, None, (x, y, x, y), inner=SGD(), loss=squares, path=path
+        ).losses.sum()
+
+    if known:
+        losses(x)
+    for call in (torch.func.grad(losses), lambda x: torch.vmap(losses)(x[None])):
+        with pytest.raises(RuntimeError, match=r"tensors must be plain ones, .*torch\.func"):
+            call(x)
