@@ -8,6 +8,7 @@ switched (BatchNorm's mode, attention's implementation) is switched back on the 
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -80,6 +81,36 @@ def _is_random(module: nn.Module) -> bool:
     return isinstance(module, nn.RReLU)
 
 
+_attention = threading.Lock()
+_attention_users = 0
+_attention_before = ExitStack()
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention from its definition: flash and fused ones have no double backward on a CPU.
+
+    torch's switches are the process's, so the first thread in sets them and the last one out puts
+    them back.
+    """
+    global _attention_users
+    with _attention:
+        if _attention_users == 0:
+            backend = torch.nn.attention.SDPBackend.MATH
+            _attention_before.enter_context(torch.nn.attention.sdpa_kernel(backend))
+            if torch.backends.mha.get_fastpath_enabled():
+                torch.backends.mha.set_fastpath_enabled(False)
+                _attention_before.callback(torch.backends.mha.set_fastpath_enabled, True)
+        _attention_users += 1
+    try:
+        yield
+    finally:
+        with _attention:
+            _attention_users -= 1
+            if _attention_users == 0:
+                _attention_before.close()
+
+
 class Learner:
     """What the inner loop calls: outputs and losses of one task at given parameters.
 
@@ -102,11 +133,7 @@ class Learner:
             if self.model is None:
                 yield
                 return
-            # flash and fused attention have no double backward on a CPU, nor a vmap rule
-            stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
-            if torch.backends.mha.get_fastpath_enabled():
-                torch.backends.mha.set_fastpath_enabled(False)
-                stack.callback(torch.backends.mha.set_fastpath_enabled, True)
+            stack.enter_context(_plain_attention())
             if self.facts.recurrent and torch.backends.cudnn.enabled:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             if self.facts.unscaled:
